@@ -1,0 +1,1 @@
+"""How the server combines the sites' updates, one paper a file."""

@@ -1,0 +1,127 @@
+"""From a configuration to objects: the only place where settings become arguments."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+
+from fedssl.aggregation.mean import WeightedMean
+from fedssl.augment import Views
+from fedssl.config import Config, instantiate_node
+from fedssl.data.cache import ImageStore, Subset, open_store, select
+from fedssl.data.splits import test_mask
+from fedssl.errors import ConfigError, DataError
+from fedssl.methods.base import Method
+from fedssl.site.agent import LocalWork, SiteAgent
+from fedssl.storage import cache_folder
+from fedssl.training import pick_device
+
+POOLED_SITE = "pooled"
+
+
+def build_method(config: Config) -> Method:
+    """Build encoder and method, untrained, on the chosen device."""
+    encoder = instantiate_node(config["encoder"])
+    method: Method = instantiate_node(config["method"], encoder=encoder)
+    return method.to(pick_device(config["training"]["device"]))
+
+
+def build_views(config: Config) -> Views:
+    """Build the maker of augmented views."""
+    return instantiate_node(config["augment"])
+
+
+def build_aggregator(config: Config) -> WeightedMean:
+    """Build the rule that combines the sites' states."""
+    return instantiate_node(config["aggregation"])
+
+
+def optimizer_maker(config: Config) -> Callable[[Method], Optimizer]:
+    """Return a function that makes a fresh optimiser for a method."""
+    node = {key: value for key, value in config["optim"].items() if key != "warmup"}
+    return partial(_make_optimizer, node)
+
+
+def _make_optimizer(node: Mapping[str, Any], method: Method) -> Optimizer:
+    return instantiate_node({**node, "_partial_": True})(method)
+
+
+def store_folder(config: Config, root: Path) -> Path:
+    """Return where index and decoded images of a root live."""
+    if config["data"]["store"]:
+        return Path(config["data"]["store"])
+    return cache_folder() / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
+
+
+def open_images(config: Config, root: Path | None = None, *, rescan: bool = False) -> ImageStore:
+    """Open the images of a root (default: data.root), indexing and decoding them on first use."""
+    root = root or Path(config["data"]["root"])
+    data = config["data"]
+    return open_store(
+        root, store_folder(config, root), edge=data["edge"], patient_from=data["patient_from"], rescan=rescan
+    )
+
+
+def participants(config: Config, store: ImageStore) -> dict[str, list[str]]:
+    """Map each simulated site to the sites of the index whose images it holds.
+
+    Raises:
+        DataError: a site of data.sites has no images, or none is left.
+    """
+    known = sorted(set(store.column("site").tolist()))
+    unseen = config["data"]["unseen_sites"]
+    chosen = config["data"]["sites"] or [site for site in known if site not in unseen]
+    missing = [site for site in [*chosen, *unseen] if site not in known]
+    if missing or not chosen:
+        raise DataError(
+            f"No image belongs to site {', '.join(missing) or '(none)'}; the index holds {', '.join(known)}. "
+            "Check data.sites and data.unseen_sites."
+        )
+    return {POOLED_SITE: list(chosen)} if config["simulation"]["pool"] else {site: [site] for site in chosen}
+
+
+def training_images(config: Config, store: ImageStore, members: Sequence[str] | None) -> Subset:
+    """Choose the images of the training patients of some sites (None: of all)."""
+    data = config["data"]
+    held_out = test_mask(store, test_fraction=data["test_fraction"], unseen_sites=data["unseen_sites"])
+    here = [members is None or site in members for site in store.column("site").tolist()]
+    return select(store, ~held_out & here)
+
+
+def build_agent(config: Config, node_config: Mapping[str, Any]) -> SiteAgent:
+    """Build the agent of the site that a Flower node is.
+
+    Args:
+        config: the configuration.
+        node_config: ``site`` and ``data-dir`` where a hospital runs it, ``partition-id`` in a simulation.
+
+    Raises:
+        ConfigError: the node is none of the sites.
+        DataError: the site has no readable image.
+    """
+    if "data-dir" in node_config:
+        root, site, members = Path(str(node_config["data-dir"])), str(node_config.get("site", "site")), None
+        store = open_images(config, root)
+    else:
+        root = Path(config["data"]["root"])
+        store = open_images(config, root)
+        sites = participants(config, store)
+        number = int(node_config.get("partition-id", -1))
+        if not 0 <= number < len(sites):
+            raise ConfigError(
+                f"is node {number} of a federation of {len(sites)} sites; start as many nodes as there are sites"
+            )
+        site = list(sites)[number]
+        members = sites[site]
+    training = config["training"]
+    work = LocalWork(
+        training["batch_size"], training["local_epochs"], config["seed"], config["optim"]["warmup"],
+        training["precision"], training["threads"],
+    )  # fmt: skip
+    return SiteAgent(
+        site, training_images(config, store, members), store_folder(config, root) / "state", build_method(config),
+        optimizer_maker(config), build_views(config), work,
+    )  # fmt: skip

@@ -1,0 +1,167 @@
+"""Settings: composed by Hydra from configs/ and overrides, all checked at once, and hashed.
+
+A configuration is a plain nested dictionary. No class of the library sees one: ``fedssl.build`` takes it apart.
+"""
+
+import difflib
+import hashlib
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedssl import __version__
+from fedssl.errors import ConfigError
+
+Config = dict[str, Any]
+CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "configs"
+ALLOWED_TARGETS = ("fedssl.", "torch.optim.")
+_SHARED_SECTIONS = ("seed", "encoder", "method", "augment", "optim", "aggregation")
+_SHARED_KEYS = ("training.batch_size", "training.local_epochs", "training.precision", "federation.rounds", "data.edge")
+
+
+def load(overrides: Sequence[str]) -> Config:
+    """Compose, resolve and check the configuration.
+
+    Args:
+        overrides: Hydra overrides such as ``training.batch_size=64`` or ``+experiment=brain_mr``.
+
+    Raises:
+        ConfigError: an unknown key (with a suggestion), a missing value or an impossible one; all problems at once.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not CONFIG_FOLDER.is_dir():
+        raise ConfigError(
+            "The folder configs/ is not beside the package: fedssl was installed without its checkout. Simulations and "
+            "federations run from a checkout (pip install -e .)."
+        )
+    try:
+        with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+            _refuse_unknown(overrides, list(_keys(OmegaConf.to_container(compose("config"), resolve=False))))
+            composed = compose("config", overrides=list(overrides))
+        config = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error)) from error
+    assert isinstance(config, dict)
+    plain: Config = {str(key): value for key, value in config.items()}
+    _check(plain)
+    return plain
+
+
+def overrides_of(text: str) -> list[str]:
+    """Split one string of overrides as a shell would: Flower's run configuration holds only scalars."""
+    return shlex.split(text)
+
+
+def as_text(overrides: Sequence[str]) -> str:
+    """Join overrides to the one string that ``overrides_of`` takes apart."""
+    return shlex.join(overrides)
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:  # noqa: ANN401 - nested dictionaries
+    for name, value in node.items():
+        yield prefix + name
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{name}.")
+
+
+def _refuse_unknown(overrides: Sequence[str], known: list[str]) -> None:
+    groups = {path.name for path in CONFIG_FOLDER.iterdir() if path.is_dir()}
+    problems = []
+    for override in overrides:
+        key = override.split("=", 1)[0]
+        bare = key.lstrip("+~")
+        if "=" not in override:
+            problems.append(f"'{override}' is not key=value")
+        elif bare in groups and (bare != "experiment" or key == "+experiment"):
+            problems.extend(_unknown_choice(bare, override.split("=", 1)[1]))
+        elif bare == "experiment":
+            problems.append("write +experiment=NAME with a plus: an experiment is added to the defaults")
+        elif bare.startswith("evaluation.where."):
+            continue
+        elif key not in known:
+            near = difflib.get_close_matches(bare, known, n=2, cutoff=0.5)
+            problems.append(f"'{key}' is unknown" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    if problems:
+        raise ConfigError(f"{'. '.join(problems)}. The keys and what they mean stand in configs/config.yaml.")
+
+
+def _unknown_choice(group: str, choice: str) -> list[str]:
+    choices = sorted(path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml"))
+    return [] if choice in choices else [f"{group}={choice} does not exist; there are {', '.join(choices)}"]
+
+
+def _explain(error: Exception) -> str:
+    text = str(error).strip().splitlines()[0]
+    if "data.root" in str(error):
+        return "data.root is missing. Say where the images are: fedssl simulate data.root=FOLDER (or run fedssl demo)."
+    return f"The configuration cannot be composed: {text}"
+
+
+def _check(config: Config) -> None:
+    """Report every impossible value at once."""
+    training, federation, evaluation = config["training"], config["federation"], config["evaluation"]
+    rules = [
+        (_whole(training["batch_size"], 2), "training.batch_size must be a whole number of at least 2"),
+        (_positive(training["local_epochs"]), "training.local_epochs must be above 0"),
+        (training["precision"] in {"auto", "bf16", "float32"}, "training.precision must be auto, bf16 or float32"),
+        (_whole(training["threads"], 1), "training.threads must be a whole number of at least 1"),
+        (_whole(federation["rounds"], 1), "federation.rounds must be a whole number of at least 1"),
+        (_whole(federation["min_sites"], 1), "federation.min_sites must be a whole number of at least 1"),
+        (_positive(federation["deadline_s"]), "federation.deadline_s must be above 0"),
+        (0 <= config["data"]["test_fraction"] < 1, "data.test_fraction must be at least 0 and below 1"),
+        (config["augment"]["global_count"] >= 2, "augment.global_count must be at least 2: views are compared"),
+        (set(config["simulation"]["arms"]) <= {"federated", "single_site", "pooled"},
+         "simulation.arms may hold federated, single_site, pooled"),
+        (all(_positive(share) and share <= 1 for share in evaluation["fractions"]),
+         "evaluation.fractions must lie above 0 and up to 1"),
+        (not (config["resume"] and config["overwrite"]), "resume=true and overwrite=true exclude each other"),
+    ]  # fmt: skip
+    problems = [sentence for holds, sentence in rules if not holds]
+    if problems:
+        raise ConfigError(f"{'; '.join(problems)}.")
+
+
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def fingerprint(config: Config) -> str:
+    """Hash what server and sites must agree on; paths, devices, deadlines and evaluation do not count."""
+    shared: Config = {section: config[section] for section in _SHARED_SECTIONS}
+    for key in _SHARED_KEYS:
+        section, name = key.split(".")
+        shared[key] = config[section][name]
+    shared["version"] = __version__
+    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def instantiate_node(node: Mapping[str, Any], **extra: Any) -> Any:  # noqa: ANN401 - whatever the YAML names
+    """Call what ``_target_`` names with the node's other values and ``extra``.
+
+    Raises:
+        ConfigError: the target is not allowed, or refuses its arguments.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    target = str(node.get("_target_", ""))
+    if not target.startswith(ALLOWED_TARGETS):
+        raise ConfigError(
+            f"_target_: {target} is refused; only {' and '.join(ALLOWED_TARGETS)}* may be built from a configuration."
+        )
+    try:
+        return instantiate(dict(node), **extra, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from error
+        raise ConfigError(f"{target} cannot be built: {str(error.__cause__ or error).splitlines()[0]}") from error

@@ -1,0 +1,1 @@
+"""From files on a hospital's disk to patient-aware batches."""

@@ -1,0 +1,91 @@
+"""Patient-aware batches: every batch holds each patient's images in the patient's share, never more."""
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedssl.data.cache import Subset
+
+
+def epoch_order(patients: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Order one epoch so that every patient's images are spread evenly over it.
+
+    Neighbouring slices of one patient are near duplicates and make false negatives in a contrastive loss. Image j of
+    a patient with n images gets the key (j + u) / n, u drawn once for the patient: an even spacing.
+
+    Args:
+        patients: [images] patient of each image.
+        rng: decides the order.
+
+    Returns:
+        [images] a permutation.
+    """
+    shuffled = rng.permutation(len(patients))
+    keys = np.empty(len(patients))
+    _, owner = np.unique(patients[shuffled], return_inverse=True)
+    grouped = np.argsort(owner, kind="stable")
+    counts = np.bincount(owner)
+    starts = np.repeat(np.cumsum(counts) - counts, counts)
+    within = np.arange(len(patients)) - starts
+    keys[grouped] = (within + rng.random(len(counts))[owner[grouped]]) / counts[owner[grouped]]
+    return shuffled[np.argsort(keys, kind="stable")]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of one round at one site, a pure function of ``seed``.
+
+    Attributes:
+        images: the site's training images.
+        batch_size: images in a batch; lowered to what the site has.
+        epochs: passes over the images in a round; may be a fraction.
+        seed: decides the order.
+    """
+
+    images: Subset
+    batch_size: int
+    epochs: float
+    seed: int
+
+    @property
+    def size(self) -> int:
+        """Images in each batch."""
+        return min(self.batch_size, len(self.images))
+
+    def __len__(self) -> int:
+        """Count the batches of the round, at least one."""
+        return max(1, math.floor(self.epochs * len(self.images) / self.size + 1e-9))
+
+    def positions(self) -> Iterator[np.ndarray]:
+        """Give the positions of each batch; an epoch's incomplete rest is carried into the next epoch."""
+        rng = np.random.default_rng(self.seed)
+        patients = self.images.column("patient")
+        waiting = np.empty(0, np.int64)
+        for _ in range(len(self)):
+            if len(waiting) < self.size:
+                waiting = np.concatenate([waiting, epoch_order(patients, rng)])
+            yield waiting[: self.size]
+            waiting = waiting[self.size :]
+
+    def __iter__(self) -> Iterator[Float[Tensor, "batch 1 edge edge"]]:
+        """Give batches of grey images from 0 to 1; the next one is read while the last one is used."""
+        with ThreadPoolExecutor(1, thread_name_prefix="read-images") as reader:
+            pending = None
+            for positions in self.positions():
+                upcoming = reader.submit(self.images.read, positions)
+                if pending is not None:
+                    yield as_images(pending.result())
+                pending = upcoming
+            if pending is not None:
+                yield as_images(pending.result())
+
+
+def as_images(pixels: np.ndarray) -> Float[Tensor, "batch 1 edge edge"]:
+    """Turn 16-bit pixels [batch, edge, edge] into grey values from 0 to 1 with a channel axis."""
+    return torch.from_numpy(pixels.astype(np.float32)).div_(65535.0).unsqueeze(1)

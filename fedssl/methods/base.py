@@ -1,0 +1,89 @@
+"""What every method is: an encoder with heads, a loss of views, and the list of what it may share."""
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fedssl.encoders import feature_width
+
+PROTOTYPES = "prototypes"
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss whose terms have names.
+
+    Attributes:
+        total: the weighted sum, with gradient.
+        terms: each term, detached.
+        mass: [prototypes] soft number of samples assigned to each prototype; None for methods without prototypes.
+        usage: [prototypes] how many samples are nearest to each prototype; None likewise.
+    """
+
+    total: Float[Tensor, ""]
+    terms: Mapping[str, Tensor]
+    mass: Float[Tensor, " prototypes"] | None = None
+    usage: Float[Tensor, " prototypes"] | None = None
+
+
+class Method(nn.Module, ABC):
+    """An encoder in training. Subclasses compute ``loss`` with free functions and remember nothing between steps.
+
+    Attributes:
+        shared: names, or starts of names, of the parameters that may leave the site. Buffers never leave: queues,
+            momentum copies and BatchNorm statistics are made of patients' images.
+    """
+
+    shared: tuple[str, ...] = ("encoder.", "projector.", PROTOTYPES)
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    @abstractmethod
+    def loss(self, views: Sequence[Float[Tensor, "batch channels _rows _columns"]]) -> Loss:
+        """Compute the loss of one batch from its views, global ones first."""
+
+    def after_step(self) -> None:
+        """Restore what an optimiser step must not change, such as the length of prototypes."""
+
+    def prototype_scores(self, features: Float[Tensor, "batch width"]) -> Float[Tensor, "batch prototypes"]:
+        """Return the similarity of features to each prototype; only for methods with prototypes."""
+        raise TypeError(f"{type(self).__name__} has no prototypes")
+
+    @property
+    def num_prototypes(self) -> int:
+        """K, or 0 for a method without prototypes."""
+        prototypes = dict(self.named_parameters()).get(PROTOTYPES)
+        return 0 if prototypes is None else len(prototypes)
+
+    @property
+    def width(self) -> int:
+        """Width of the encoder's features."""
+        return feature_width(self.encoder)
+
+
+def encode(encoder: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
+    """Run the encoder once for each size of view; returns features [batch, width] of each view in order."""
+    features: dict[int, Tensor] = {}
+    for edge in sorted({view.shape[-1] for view in views}):
+        members = [number for number, view in enumerate(views) if view.shape[-1] == edge]
+        joined = encoder(torch.cat([views[number] for number in members]))
+        features.update(zip(members, joined.chunk(len(members)), strict=True))
+    return [features[number] for number in range(len(views))]
+
+
+def projector(widths: Sequence[int]) -> nn.Sequential:
+    """Make an MLP head with BatchNorm between its layers (SimCLR, section 4.2).
+
+    BatchNorm always normalises by the batch and keeps no running statistics: there are none that could leave the site.
+    """
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths[:-1]):
+        layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after, track_running_stats=False), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))

@@ -1,0 +1,99 @@
+"""Files that are either whole or absent: write beside, flush to the disk, rename."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fedssl.errors import StorageError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, what: str) -> Iterator[BinaryIO]:
+    """Open a temporary file beside ``path`` that takes its name only when the block ends without an error.
+
+    Args:
+        path: the file to make or to replace.
+        what: the thing in words, for the error ("the image cache").
+
+    Raises:
+        StorageError: the disk is full, a quota is spent, or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise _explained(error, what) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _explained(error: OSError, what: str) -> StorageError:
+    if error.errno in _FULL:
+        return StorageError(
+            f"The disk is full: {what} could not be written whole and nothing was kept of it. "
+            "Free space, or choose another disk with data.store=FOLDER or run_dir=FOLDER, and run the command again."
+        )
+    return StorageError(
+        f"{what[0].upper()}{what[1:]} could not be written ({error.strerror}). Check the folder's rights."
+    )
+
+
+def write_json(path: Path, value: Any, what: str) -> None:  # noqa: ANN401 - whatever JSON can hold
+    """Write ``value`` as indented JSON, atomically."""
+    with atomic_file(path, what) as stream:
+        stream.write((json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """Append one JSON line and flush it to the operating system."""
+    try:
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row, sort_keys=True, allow_nan=False) + "\n")
+    except OSError as error:
+        raise _explained(error, "the metrics file") from error
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read all whole JSON lines; a last line cut off by a crash is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def rewrite_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Replace a JSON-lines file by ``rows``, atomically."""
+    with atomic_file(path, "the metrics file") as stream:
+        for row in rows:
+            stream.write((json.dumps(row, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold the lock file ``path``: of several processes one works at a time, the others wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def cache_folder() -> Path:
+    """Return where indexes, decoded images and synthetic hospitals live: FEDSSL_CACHE, or the user's cache folder."""
+    base = os.environ.get("FEDSSL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fedssl"
+    return Path(base).expanduser()

@@ -1,0 +1,112 @@
+"""What a finished round leaves behind: checkpoint, metrics, TensorBoard events, an alarm if a site has collapsed."""
+
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self
+
+from fedssl import progress
+from fedssl.checkpoint import Checkpoint
+from fedssl.collapse import diagnose
+from fedssl.run_folder import RunFolder
+from fedssl.training import RANKME_SAMPLES
+from server.rounds import RoundResult
+
+_SETTLING_ROUNDS, _SETTLING_SHARE = 3, 0.2  # untrained codes look collapsed at first
+
+
+class Recorder:
+    """Writes each round to the run folder.
+
+    Args:
+        folder: the run's.
+        checkpoint: where the run stands.
+        rounds: of the whole federation.
+        num_prototypes: K, or 0.
+        width: of the encoder's features.
+    """
+
+    def __init__(
+        self, folder: RunFolder, checkpoint: Checkpoint, *, rounds: int, num_prototypes: int, width: int
+    ) -> None:
+        self.folder = folder
+        self.checkpoint = checkpoint
+        self.rounds = rounds
+        self.num_prototypes = num_prototypes
+        self.width = width
+        self.board = _tensorboard(folder, checkpoint.round)
+
+    def __enter__(self) -> Self:
+        """Return the recorder."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the TensorBoard file."""
+        if self.board is not None:
+            self.board.close()
+
+    def record(self, result: RoundResult) -> None:
+        """Write metrics, then the checkpoint: a resumed run drops metrics that have no checkpoint."""
+        weights = {site: metrics["images"] for site, metrics in result.metrics.items()}
+        loss = sum(result.metrics[site]["loss"] * weight for site, weight in weights.items()) / sum(weights.values())
+        signs = self._signs_of_collapse(result)
+        for site, metrics in result.metrics.items():
+            self.folder.record_site(result.number, site, metrics)
+        row: dict[str, Any] = {
+            "round": result.number,
+            "train/loss": loss,
+            "ssl/prototype_agreement": result.agreement,
+            "ssl/collapse": signs,
+            "ssl/usage": result.usage,
+            "federation/sites": sorted(result.metrics),
+            "federation/failed": result.failed,
+            "comm/bytes_up": result.bytes_up,
+            "comm/bytes_down": result.bytes_down,
+        }
+        self.folder.record_round(row)
+        self._draw(result, loss)
+        best = self.checkpoint.best_loss is None or loss < self.checkpoint.best_loss
+        self.checkpoint = replace(
+            self.checkpoint,
+            state=result.state,
+            round=result.number,
+            best_loss=loss if best else self.checkpoint.best_loss,
+            images_seen=self.checkpoint.images_seen + int(sum(weights.values())),
+            sites=sorted(result.metrics),
+        )
+        self.folder.save(self.checkpoint, best=best)
+        for site, sentences in signs.items():
+            progress.publish(
+                progress.Note(f"COLLAPSE at site {site}, round {result.number}: {'; '.join(sentences)}.", alarm=True)
+            )
+
+    def _signs_of_collapse(self, result: RoundResult) -> dict[str, list[str]]:
+        if result.number <= max(_SETTLING_ROUNDS, _SETTLING_SHARE * self.rounds):
+            return {}
+        found = {}
+        for site, metrics in result.metrics.items():
+            samples = min(RANKME_SAMPLES, result.examples[site])
+            signs = diagnose(metrics, num_prototypes=self.num_prototypes, width=self.width, samples=samples)
+            if signs:
+                found[site] = signs
+        return found
+
+    def _draw(self, result: RoundResult, loss: float) -> None:
+        if self.board is None:
+            return
+        self.board.add_scalar("train/loss", loss, result.number)
+        for site, metrics in result.metrics.items():
+            for name, value in metrics.items():
+                self.board.add_scalar(f"site/{site}/{name}", value, result.number)
+        self.board.flush()
+
+
+def _tensorboard(folder: RunFolder, done: int) -> Any:  # noqa: ANN401 - an optional library
+    """Open the TensorBoard writer, without the events of rounds that were not finished; None if it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        progress.publish(progress.Note("TensorBoard events are off: pip install 'fedssl[tracking]' turns them on."))
+        return None
+    return SummaryWriter(str(folder.path / "tensorboard"), purge_step=done + 1 if done else None)

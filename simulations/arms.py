@@ -1,0 +1,62 @@
+"""The arms of a comparison: the same encoder and settings, other hospitals together.
+
+All arms see equally many images: an arm with fewer images passes over them more often.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedssl.build import participants, training_images
+from fedssl.config import Config
+from fedssl.data.cache import ImageStore
+
+FEDERATED, SINGLE_SITE, POOLED = "federated", "single_site", "pooled"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training of a comparison.
+
+    Attributes:
+        name: ``federated``, ``single_site`` or ``pooled``.
+        title: for people.
+        folder: its run folder.
+        overrides: the overrides to run it with.
+        sites: number of simulated sites.
+    """
+
+    name: str
+    title: str
+    folder: Path
+    overrides: list[str]
+    sites: int
+
+
+def plan_arms(config: Config, store: ImageStore, overrides: Sequence[str]) -> list[Arm]:
+    """Plan the arms that ``simulation.arms`` names; the federated one comes first and owns the run folder."""
+    members = participants(config, store)
+    images = {site: len(training_images(config, store, names)) for site, names in members.items()}
+    largest = max(images, key=lambda site: (images[site], site))
+    folder = Path(config["run_dir"])
+    arms = [Arm(FEDERATED, f"federated ({len(members)} sites)", folder, list(overrides), len(members))]
+    for name in config["simulation"]["arms"]:
+        if name == FEDERATED:
+            continue
+        alone = name == SINGLE_SITE
+        share = images[largest] / sum(images.values()) if alone else 1.0
+        changed = {
+            "run_dir": str(folder / "arms" / name),
+            "simulation.arms": f"[{FEDERATED}]",
+            "federation.min_sites": "1",
+            "training.local_epochs": repr(config["training"]["local_epochs"] / share),
+        }
+        changed |= {"data.sites": f"[{largest}]"} if alone else {"simulation.pool": "true"}
+        title = f"{largest} alone" if alone else "all images pooled"
+        arms.append(Arm(name, title, folder / "arms" / name, _replace(overrides, changed), 1))
+    return arms
+
+
+def _replace(overrides: Sequence[str], changed: dict[str, str]) -> list[str]:
+    kept = [override for override in overrides if override.split("=", 1)[0] not in changed]
+    return kept + [f"{key}={value}" for key, value in changed.items()]

@@ -1,0 +1,52 @@
+"""Run a federation on this machine: every arm through the real ServerApp and ClientApp."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fedssl import config as settings
+from fedssl import progress
+from fedssl.build import open_images
+from fedssl.checkpoint import load_checkpoint
+from fedssl.config import Config
+from fedssl.run_folder import RunFolder
+from simulations.arms import Arm, plan_arms
+from simulations.grid import run_in_process
+
+
+def simulate(overrides: Sequence[str]) -> tuple[Config, list[Arm]]:
+    """Train every arm that is not finished yet.
+
+    Args:
+        overrides: as on the command line.
+
+    Returns:
+        The configuration and the arms.
+
+    Raises:
+        FedsslError: with a sentence that says what to do.
+    """
+    from client.app import app as client_app
+    from server.app import app as server_app
+
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    overrides = list(overrides)
+    config = settings.load(overrides)
+    store = open_images(config, rescan=True)
+    arms = plan_arms(config, store, overrides)
+    for arm in arms:
+        ready = _ready(arm, config)
+        if ready is not None:
+            progress.publish(progress.Note(f"Pretraining: {arm.title}"))
+            run_in_process(server_app, client_app, sites=ready.sites, overrides=settings.as_text(ready.overrides))
+    return config, arms
+
+
+def _ready(arm: Arm, config: Config) -> Arm | None:
+    """Decide how a resumed arm goes on: not at all if it is finished, from the start if it had not begun."""
+    if not config["resume"] or not arm.folder.exists():
+        return replace(arm, overrides=[text for text in arm.overrides if not text.startswith("resume=")])
+    last = RunFolder(arm.folder).last
+    if last.exists() and load_checkpoint(last).round >= config["federation"]["rounds"]:
+        return None
+    return arm
