@@ -102,13 +102,15 @@ class Views:
     brightness: float
     noise: float
 
-    def __call__(self, images: Images, generator: Generator) -> list[Images]:
+    def __call__(self, images: Images, generator: Generator) -> list[Tensor]:
         """Make all views of a batch; each is standardised by ``standardise``."""
         globals_ = [self._view(images, generator, self.global_edge, self.global_area) for _ in range(self.global_count)]
         locals_ = [self._view(images, generator, self.local_edge, self.local_area) for _ in range(self.local_count)]
         return globals_ + locals_
 
-    def _view(self, images: Images, generator: Generator, edge: int, area: Sequence[float]) -> Images:
+    def _view(
+        self, images: Images, generator: Generator, edge: int, area: Sequence[float]
+    ) -> Float[Tensor, "batch channels edge edge"]:
         low, high = area
         view = random_crops(images, generator, edge=edge, area=(low, high), rotation=self.rotation, flip=self.flip)
         view = gamma(view, generator, strength=self.gamma)

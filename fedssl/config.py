@@ -17,6 +17,7 @@ from fedssl.errors import ConfigError
 Config = dict[str, Any]
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "configs"
 ALLOWED_TARGETS = ("fedssl.", "torch.optim.")
+_PATHS = (("data", "root"), ("data", "store"), ("evaluation", "labels"))  # made absolute: runs are read from anywhere
 _SHARED_SECTIONS = ("seed", "encoder", "method", "augment", "optim", "aggregation")
 _SHARED_KEYS = ("training.batch_size", "training.local_epochs", "training.precision", "federation.rounds", "data.edge")
 
@@ -50,6 +51,9 @@ def load(overrides: Sequence[str]) -> Config:
     assert isinstance(config, dict)
     plain: Config = {str(key): value for key, value in config.items()}
     _check(plain)
+    for section, key in _PATHS:
+        if plain[section][key]:
+            plain[section][key] = str(Path(plain[section][key]).absolute())
     return plain
 
 

@@ -44,8 +44,8 @@ def build_encoder(
             ) from error
     if any(isinstance(module, _BatchNorm) and module.track_running_stats for module in encoder.modules()):
         raise ConfigError(
-            f"encoder.name={name} with norm={norm} keeps BatchNorm running statistics. They are made of patients' "
-            "images and never leave a site, so the shared encoder would be evaluated without them. Choose encoder.norm=group."
+            f"encoder.name={name} with norm={norm} keeps BatchNorm running statistics. They are made of "
+            "patients' images and never leave a site, so the shared encoder would lack them. Choose encoder.norm=group."
         )
     return encoder
 

@@ -72,21 +72,28 @@ def _misfits(update: Update, reference: Mapping[str, Tensor]) -> Iterator[str]:
         yield f"it reports {update.examples} images"
     if not {"loss", "images"} <= update.metrics.keys() or not all(map(math.isfinite, update.metrics.values())):
         yield "its metrics lack loss or images, or are not finite"
-    for name in sorted(reference.keys() - update.state.keys()):
-        yield f"tensor {name} is missing"
     for name in sorted(update.state.keys() - reference.keys()):
         yield f"tensor {name} is not part of the shared state"
-    for name in reference.keys() & update.state.keys():
-        found, expected = update.state[name], reference[name]
-        if found.shape != expected.shape or found.dtype != expected.dtype:
-            yield f"tensor {name} is {_kind(found)} where {_kind(expected)} was sent"
-        elif not bool(torch.isfinite(found).all()):
-            yield f"tensor {name} is not finite"
-    for name, counts in (("mass", update.mass), ("usage", update.usage)) if PROTOTYPES in reference else ():
-        if counts is None or counts.shape != (len(reference[PROTOTYPES]),):
-            yield f"prototype {name} is missing or has not {len(reference[PROTOTYPES])} entries"
-        elif not bool(torch.isfinite(counts).all()) or bool((counts < 0).any()):
-            yield f"prototype {name} holds a negative or non-finite count"
+    for name, expected in reference.items():
+        yield from _misfit_tensor(f"tensor {name}", update.state.get(name), expected)
+    if PROTOTYPES in reference:
+        yield from _misfit_counts("prototype mass", update.mass, len(reference[PROTOTYPES]))
+        yield from _misfit_counts("prototype usage", update.usage, len(reference[PROTOTYPES]))
+
+
+def _misfit_counts(name: str, counts: Tensor | None, prototypes: int) -> Iterator[str]:
+    yield from _misfit_tensor(name, counts, torch.zeros(prototypes))
+    if counts is not None and bool((counts < 0).any()):
+        yield f"{name} holds a negative count"
+
+
+def _misfit_tensor(name: str, found: Tensor | None, expected: Tensor) -> Iterator[str]:
+    if found is None:
+        yield f"{name} is missing"
+    elif found.shape != expected.shape or found.dtype != expected.dtype:
+        yield f"{name} is {_kind(found)} where {_kind(expected)} is expected"
+    elif not bool(torch.isfinite(found).all()):
+        yield f"{name} is not finite"
 
 
 def _kind(tensor: Tensor) -> str:

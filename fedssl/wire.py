@@ -88,7 +88,7 @@ def read_order(content: RecordDict, fingerprint: str) -> tuple[Order, dict[str, 
         )
     if record["fingerprint"] != fingerprint:
         raise ConfigError(
-            f"has the configuration {fingerprint}, the server {record['fingerprint']!r}; use equal versions and overrides"
+            f"has configuration {fingerprint}, the server {record['fingerprint']!r}; use equal versions and overrides"
         )
     order = Order(str(record["run"]), _int(record["number"]), _int(record["rounds"]), fingerprint)
     state = unpack(content.array_records["state"], content.config_records["layout"]) if "state" in content else {}

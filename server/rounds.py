@@ -1,7 +1,7 @@
 """The rounds: send the state, fold each good answer into a running sum, name every site that failed.
 
-Flower's own strategies hold every answer, wait for ever for missing nodes and die of one malformed reply; hence a loop of
-our own on the Grid. Answers are folded in the order of the sites' names, so that the result does not depend on who
+Flower's own strategies hold every answer, wait for ever for missing nodes and die of one malformed reply; hence a loop
+of our own on the Grid. Answers are folded in the order of the sites' names, so that the result does not depend on who
 is first; those that wait stay at the SuperLink, and the server's memory does not grow with the sites.
 """
 
@@ -111,8 +111,8 @@ def _wait_for_nodes(grid: Grid, plan: Plan) -> list[int]:
             return nodes
         if time.monotonic() > deadline:
             raise FederationError(
-                f"{len(nodes)} of at least {plan.min_sites} sites connected within {plan.wait_s:.0f} s. Start the missing "
-                "sites, or change federation.min_sites or federation.wait_s."
+                f"{len(nodes)} of at least {plan.min_sites} sites connected within {plan.wait_s:.0f} s. Start the "
+                "missing sites, or change federation.min_sites or federation.wait_s."
             )
         if not told:
             progress.publish(

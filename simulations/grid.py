@@ -1,7 +1,7 @@
 """A Flower Grid inside one process: the real ServerApp's messages go straight to the real ClientApp.
 
-Flower's own simulation engine needs Ray and some ten seconds for two rounds; this one needs neither. A site trains when its
-answer is pulled. Messages are those that a SuperLink would carry.
+Flower's own simulation engine needs Ray and some ten seconds for two rounds; this one needs neither. A site trains when
+its answer is pulled. Messages are those that a SuperLink would carry.
 """
 
 from collections.abc import Iterable, Mapping

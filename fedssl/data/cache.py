@@ -13,7 +13,8 @@ from jaxtyping import UInt16
 
 from fedssl import progress
 from fedssl.data import image
-from fedssl.data.index import build_index, fingerprint_files, reason_of, site_secret, usable
+from fedssl.data.index import build_index, fingerprint_files, reason_of, usable
+from fedssl.data.pseudonym import site_secret
 from fedssl.errors import DataError
 from fedssl.storage import atomic_file, exclusive, write_json
 

@@ -5,8 +5,6 @@ the columns ``image`` and ``patient_id`` and, if given, ``study_id series_id mod
 """
 
 import hashlib
-import hmac
-import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -18,8 +16,8 @@ import pyarrow.parquet as pq
 
 from fedssl import progress
 from fedssl.data import dicom, image
+from fedssl.data.pseudonym import pseudonym, public_hash
 from fedssl.errors import DataError
-from fedssl.storage import atomic_file
 
 UNKNOWN_PATIENT = ""
 _MANIFEST_COLUMNS = ("image", "patient_id")
@@ -67,7 +65,7 @@ def build_index(root: Path, secret: bytes, *, patient_from: str = "auto") -> pa.
 
     Args:
         root: a folder ``<site>/<patient>/...`` or a manifest file.
-        secret: the site's key for pseudonyms (see ``site_secret``).
+        secret: the site's key for pseudonyms (see ``fedssl.data.pseudonym``).
         patient_from: ``auto`` (PatientID, else manifest, else folder) or ``file`` (each file is its own patient).
 
     Returns:
@@ -140,14 +138,15 @@ def read_table(path: Path) -> pa.Table:
         return pq.read_table(path) if path.suffix == ".parquet" else pacsv.read_csv(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(
-            f"The table {path.name} could not be read ({type(error).__name__}). Give a CSV with a header line or Parquet."
+            f"The table {path.name} cannot be read ({type(error).__name__}). Give CSV with a header line, or Parquet."
         ) from error
 
 
 def _rows_of(item: _Found, secret: bytes, patient_from: str) -> list[Row]:
     row = Row(
         file=item.file, frame=0, site=item.site, patient="", study="", series="",
-        modality=item.given.get("modality", ""), scanner=item.given.get("scanner", ""), instance=0, rows=0, columns=0, bytes=0, modified_ns=0,
+        modality=item.given.get("modality", ""), scanner=item.given.get("scanner", ""),
+        instance=0, rows=0, columns=0, bytes=0, modified_ns=0,
         label=item.given.get("label", ""), shuffle=0, reason="",
     )  # fmt: skip
     try:
@@ -163,15 +162,15 @@ def _rows_of(item: _Found, secret: bytes, patient_from: str) -> list[Row]:
         return [replace(row, rows=header.rows, columns=header.columns)]
     row = replace(
         row,
-        patient=_pseudonym(secret, "patient", item.site, patient),
-        study=_pseudonym(secret, "study", header.study or f"{item.site}/{patient}"),
-        series=_pseudonym(secret, "series", header.series or f"{item.site}/{patient}"),
+        patient=pseudonym(secret, "patient", item.site, patient),
+        study=pseudonym(secret, "study", header.study or f"{item.site}/{patient}"),
+        series=pseudonym(secret, "series", header.series or f"{item.site}/{patient}"),
         modality=row.modality or header.modality,
         scanner=row.scanner or header.scanner,
         instance=header.instance,
         rows=header.rows,
         columns=header.columns,
-        shuffle=int.from_bytes(hashlib.sha256(f"{item.site}/{patient}".encode()).digest()[:2], "big"),
+        shuffle=public_hash(item.site, patient),
     )
     return [replace(row, frame=frame) for frame in range(header.frames)]
 
@@ -195,10 +194,6 @@ def reason_of(error: Exception) -> str:
     return f"cannot be decoded ({kind})" if kind != "FileNotFoundError" else "is missing"
 
 
-def _pseudonym(secret: bytes, *parts: str) -> str:
-    return hmac.new(secret, "\0".join(parts).encode(), hashlib.sha256).hexdigest()[:16]
-
-
 def _refuse_unknown_patients(rows: list[Row]) -> None:
     readable = [row for row in rows if not row.reason]
     if not readable:
@@ -208,21 +203,10 @@ def _refuse_unknown_patients(rows: list[Row]) -> None:
     nameless = sum(row.patient == UNKNOWN_PATIENT for row in readable)
     if nameless:
         raise DataError(
-            f"No patient is known for {nameless} of {len(readable)} images, so splits by patient are impossible. Put "
-            "the files in <site>/<patient>/ folders, give a manifest with patient_id, or, if each file truly is another "
+            f"No patient is known for {nameless} of {len(readable)} images: splits by patient are impossible. Put "
+            "the files in <site>/<patient>/ folders, give a manifest with patient_id, or, if each file truly is a new "
             "patient, say data.patient_from=file."
         )
-
-
-def site_secret(folder: Path) -> bytes:
-    """Return the site's key for pseudonyms, made on first use (file mode 600)."""
-    path = folder / "site.secret"
-    if not path.exists():
-        with atomic_file(path, "the site's secret") as stream:
-            path_mode = 0o600
-            Path(stream.name).chmod(path_mode)
-            stream.write(secrets.token_bytes(32))
-    return path.read_bytes()
 
 
 def usable(table: pa.Table) -> pa.Table:

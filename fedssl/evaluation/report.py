@@ -73,11 +73,11 @@ def headline(results: Mapping[str, Any]) -> list[str]:
     for domain in results["test_images"]:
         own = _find(results["scores"], "federated", share, domain)
         sentences.append(
-            f"With labels of {own['labelled_patients']} training patients ({100 * share:g} %), a linear probe on the "
-            f"federated encoder reaches AUROC {_estimate(own, 'auroc')} {_place(domain)}."
+            f"With labels of {own['labelled_patients']} training patients ({100 * share:g} %), a linear probe on "
+            f"the federated encoder reaches AUROC {_estimate(own, 'auroc')} {_place(domain)}."
         )
         sentences += [
-            f"Against {gap['other']}: {gap['difference']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}], {_verdict(gap)}."
+            f"Against {gap['other']}: {gap['difference']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]: {_verdict(gap)}"
             for gap in results["differences"]
             if (gap["probe"], gap["fraction"], gap["domain"]) == ("linear", share, domain)
         ]

@@ -52,7 +52,10 @@ class Method(nn.Module, ABC):
     def after_step(self) -> None:
         """Restore what an optimiser step must not change, such as the length of prototypes."""
 
-    def prototype_scores(self, features: Float[Tensor, "batch width"]) -> Float[Tensor, "batch prototypes"]:
+    def prototype_scores(  # a method with prototypes overrides it
+        self,
+        features: Float[Tensor, "batch width"],  # noqa: ARG002
+    ) -> Float[Tensor, "batch prototypes"]:
         """Return the similarity of features to each prototype; only for methods with prototypes."""
         raise TypeError(f"{type(self).__name__} has no prototypes")
 

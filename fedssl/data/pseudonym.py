@@ -1,0 +1,28 @@
+"""Names that stand for patients: keyed by a secret of the site, so that nobody else can undo them."""
+
+import hashlib
+import hmac
+import secrets
+from pathlib import Path
+
+from fedssl.storage import atomic_file
+
+
+def site_secret(folder: Path) -> bytes:
+    """Return the site's key for pseudonyms, made on first use (file mode 600)."""
+    path = folder / "site.secret"
+    if not path.exists():
+        with atomic_file(path, "the site's secret") as stream:
+            Path(stream.name).chmod(0o600)
+            stream.write(secrets.token_bytes(32))
+    return path.read_bytes()
+
+
+def pseudonym(secret: bytes, *parts: str) -> str:
+    """Return 64 bits of HMAC-SHA256 (RFC 2104) of the parts as hexadecimal digits."""
+    return hmac.new(secret, "\0".join(parts).encode(), hashlib.sha256).hexdigest()[:16]
+
+
+def public_hash(*parts: str) -> int:
+    """Return a 16-bit hash that is the same everywhere: enough to order patients, too little to name one."""
+    return int.from_bytes(hashlib.sha256("/".join(parts).encode()).digest()[:2], "big")
