@@ -33,7 +33,9 @@ def train(message: Message, context: Context) -> Message:
 def _answer(message: Message, context: Context) -> Message:
     site = _name(context.node_config)
     try:
-        content = _work(message.content, context)
+        agent, expected = _agent(str(context.run_config.get("overrides", "")), _frozen(context.node_config))
+        site = agent.site
+        content = _work(agent, expected, message.content)
     except FedsslError as error:
         content = wire.write_refusal(wire.Refusal(site, str(error)))
     except Exception as error:  # noqa: BLE001 - the text of an unforeseen error may hold a path: it stays in the site's own log
@@ -43,8 +45,7 @@ def _answer(message: Message, context: Context) -> Message:
     return Message(content, reply_to=message)
 
 
-def _work(content: RecordDict, context: Context) -> RecordDict:
-    agent, expected = _agent(str(context.run_config.get("overrides", "")), _frozen(context.node_config))
+def _work(agent: SiteAgent, expected: str, content: RecordDict) -> RecordDict:
     order, state = wire.read_order(content, expected)
     if order.number == 0:
         agent.check()

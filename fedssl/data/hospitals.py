@@ -65,10 +65,10 @@ class Hospital:
 
 
 HOSPITALS = (
-    Hospital("EAST", ("CR", "CT"), 48, Scanner("Synthetic Alpha", 128, 12, 0.02, 1.0, 0.004, inverted=False)),
-    Hospital("HARBOUR", ("MR", "US"), 40, Scanner("Synthetic Beta", 112, 12, 0.03, 1.1, 0.006, inverted=False)),
-    Hospital("SOUTH", ("CR", "US"), 40, Scanner("Synthetic Gamma", 120, 10, 0.03, 0.9, 0.005, inverted=True)),
-    Hospital("WEST", ("CT", "MR"), 40, Scanner("Synthetic Delta", 128, 12, 0.04, 1.0, 0.007, inverted=False)),
+    Hospital("EAST", ("CR", "CT"), 24, Scanner("Synthetic Alpha", 128, 12, 0.02, 1.0, 0.004, inverted=False)),
+    Hospital("HARBOUR", ("MR", "US"), 20, Scanner("Synthetic Beta", 112, 12, 0.03, 1.1, 0.006, inverted=False)),
+    Hospital("SOUTH", ("CR", "US"), 20, Scanner("Synthetic Gamma", 120, 10, 0.03, 0.9, 0.005, inverted=True)),
+    Hospital("WEST", ("CT", "MR"), 20, Scanner("Synthetic Delta", 128, 12, 0.04, 1.0, 0.007, inverted=False)),
     Hospital(
         UNSEEN_SITE, ("CR", "CT", "MR", "US"), 48, Scanner("Synthetic Omega", 144, 11, 0.05, 0.85, 0.009, inverted=True)
     ),

@@ -1,0 +1,247 @@
+"""The label-efficiency protocol and the report."""
+
+import json
+import re
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from sklearn.linear_model import LogisticRegression
+
+from fedssl import cli
+from fedssl.data.cache import open_store
+from fedssl.data.hospitals import LABEL, UNSEEN_SITE, write_hospitals
+from fedssl.data.index import read_table
+from fedssl.data.splits import test_mask as mask_of_test_patients
+from fedssl.errors import ConfigError, DataError
+from fedssl.evaluation.features import intensity_statistics, metadata, raw_pixels
+from fedssl.evaluation.probe import linear_probe, nearest_neighbours
+from fedssl.evaluation.protocol import compare, score_encoders
+from fedssl.evaluation.statistics import combine_seeds, interval, patient_weights
+from fedssl.evaluation.task import make_task, nested_label_subsets
+from fedssl.label_efficiency import evaluate_run
+from simulations.run import simulate
+
+SITES = ["EAST", "HARBOUR", "SOUTH", "WEST"]
+
+
+def _task(root, folder, table=None, **changed):
+    store = open_store(root, folder, edge=32)
+    held_out = mask_of_test_patients(store, test_fraction=0.3, unseen_sites=[UNSEEN_SITE])
+    plain = {"label": LABEL, "where": {}, "covariates": [], "sites": SITES, "unseen_sites": [UNSEEN_SITE]}
+    table = read_table(root / "labels.csv") if table is None else table
+    return store, make_task(store, table, held_out=held_out, **(plain | changed))
+
+
+def _auroc(features, task, domain, fraction=1.0):
+    scores, _ = score_encoders(
+        {"x": features}, task, probes={"x": ["linear"]}, fractions=[fraction], seeds=1, resamples=10
+    )
+    return next(score.auroc for score in scores if score.domain == domain)
+
+
+def test_the_lesion_of_the_synthetic_hospitals_cannot_be_told_from_pixels_statistics_or_metadata(tmp_path):
+    root = write_hospitals(tmp_path, seed=0)
+    store, task = _task(root, tmp_path / "store")
+    baselines = {
+        "pixels": raw_pixels(store, task.rows, task.rows[task.train]),
+        "statistics": intensity_statistics(store, task.rows),
+        "metadata": metadata(store, task.rows, task.covariates),
+    }
+    for name, features in baselines.items():
+        for domain in task.tests:
+            assert _auroc(features, task, domain) < 0.7, (name, domain)
+
+
+def test_a_feature_that_is_the_label_scores_one_and_noise_scores_a_half(hospitals, tmp_path):
+    _, task = _task(hospitals, tmp_path)
+    rng = np.random.default_rng(0)
+    perfect = np.stack([task.labels, rng.random(len(task.labels))], 1).astype(np.float32)
+    assert _auroc(perfect, task, "in domain") == pytest.approx(1.0)
+    noise = [_auroc(np.random.default_rng(s).random((len(task.labels), 3)), task, "unseen site") for s in range(20)]
+    assert np.mean(noise) == pytest.approx(0.5, abs=0.06)
+
+
+def test_label_subsets_are_nested_hold_whole_patients_and_every_class(hospitals, tmp_path):
+    _, task = _task(hospitals, tmp_path)
+    fractions = [0.01, 0.1, 0.5, 1.0]
+    subsets = nested_label_subsets(task, fractions, seeds=4)
+    for seed in range(4):
+        for small, large in zip(fractions[:-1], fractions[1:], strict=True):
+            assert set(subsets[small, seed]) <= set(subsets[large, seed])
+        for fraction in fractions:
+            rows = subsets[fraction, seed]
+            chosen = set(task.patients[rows])
+            assert set(rows) == set(np.flatnonzero(task.train & np.isin(task.patients, list(chosen))))
+            assert set(task.labels[rows]) == {0, 1}
+    assert len({tuple(subsets[0.1, seed]) for seed in range(4)}) > 1
+    assert set(subsets[1.0, 0]) == set(np.flatnonzero(task.train))
+
+
+def test_no_labelled_training_patient_is_tested(hospitals, tmp_path):
+    _, task = _task(hospitals, tmp_path)
+    for mask in task.tests.values():
+        assert not set(task.patients[mask]) & set(task.patients[task.train])
+
+
+def test_a_range_keeps_only_the_rows_inside_it(hospitals, tmp_path):
+    _, whole = _task(hospitals, tmp_path)
+    store, part = _task(hospitals, tmp_path, where={"position": [2, 5]})
+    table = {row["file"]: row["position"] for row in read_table(hospitals / "labels.csv").to_pylist()}
+    assert 0 < len(part.rows) < len(whole.rows)
+    assert all(2 <= table[file] <= 5 for file in store.column("file")[part.rows])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.drop_columns(["file"]), "lacks the column file"),
+        (lambda t: t.rename_columns({LABEL: "x"}), "lacks the column lesion"),
+        (lambda t: t.set_column(t.column_names.index("file"), "file", pa.array(["no"] * t.num_rows)), "None of the"),
+        (lambda t: t.set_column(t.column_names.index(LABEL), LABEL, pa.array([1] * t.num_rows)), "only one class"),
+    ],
+)
+def test_labels_that_do_not_fit_are_explained(hospitals, tmp_path, change, message):
+    with pytest.raises(DataError, match=message):
+        _task(hospitals, tmp_path, change(read_table(hospitals / "labels.csv")))
+
+
+def test_labels_of_unknown_files_are_left_out_and_counted(hospitals, tmp_path):
+    from fedssl import progress
+
+    heard = []
+    stop = progress.listen(heard.append)
+    table = read_table(hospitals / "labels.csv")
+    stranger = table.slice(0, 1).set_column(0, "file", pa.array(["gone/away.dcm"]))
+    _, task = _task(hospitals, tmp_path, pa.concat_tables([table, stranger]))
+    stop()
+    assert len(task.rows) == table.num_rows
+    assert any(isinstance(event, progress.Note) and event.text.startswith("1 of ") for event in heard)
+
+
+def test_the_linear_probe_is_scikit_learns_on_standardised_features():
+    rng = np.random.default_rng(0)
+    train, labels, test = rng.normal(3, 2, (40, 5)), np.arange(40) % 2, rng.normal(3, 2, (10, 5))
+    mean, deviation = train.mean(0), train.std(0)
+    model = LogisticRegression(C=0.01, class_weight="balanced", max_iter=1000).fit((train - mean) / deviation, labels)
+    expected = model.predict_proba((test - mean) / deviation)
+    np.testing.assert_allclose(linear_probe(train, labels, test, classes=2), expected, atol=1e-9)
+
+
+def test_nearest_neighbours_equal_a_loop_over_all_pairs():
+    rng = np.random.default_rng(1)
+    train, labels, test = rng.normal(size=(60, 4)), np.arange(60) % 3, rng.normal(size=(7, 4))
+    votes = nearest_neighbours(train, labels, test, classes=3)
+    for row, point in zip(votes, test, strict=True):
+        cosines = [float(point @ other / np.linalg.norm(point) / np.linalg.norm(other)) for other in train]
+        nearest = sorted(range(60), key=lambda i: -cosines[i])[:20]
+        expected = [sum(np.exp(cosines[i] / 0.07) for i in nearest if labels[i] == k) for k in range(3)]
+        np.testing.assert_allclose(row, np.array(expected) / sum(expected), atol=1e-9)
+
+
+def test_a_class_without_labelled_images_gets_probability_zero():
+    train, labels = np.random.default_rng(0).normal(size=(10, 2)), np.arange(10) % 2
+    assert linear_probe(train, labels, train, classes=3)[:, 2].tolist() == [0.0] * 10
+
+
+def test_the_bootstrap_draws_whole_patients():
+    patients = np.repeat(["a", "b", "c", "d"], [1, 5, 2, 4])
+    weights = patient_weights(patients, resamples=200, seed=0)
+    assert (weights[0] == 1).all()
+    for patient in "abcd":
+        columns = weights[:, patients == patient]
+        assert (columns == columns[:, :1]).all()
+    assert weights[1:, [0, 1, 6, 8]].sum(1).tolist() == [4.0] * 200
+
+
+def test_the_bootstrap_interval_covers_the_truth_as_often_as_it_says():
+    """AUROC of shifted normals is known: Phi(d / sqrt 2); 300 studies of 60 patients with 3 images each."""
+    rng = np.random.default_rng(0)
+    shift, truth, hits, studies = 1.0, 0.7602, 0, 300
+    for study in range(studies):
+        labels = np.repeat(rng.random(60) < 0.5, 3)
+        patient_effect = np.repeat(rng.normal(size=60), 3)
+        scores = (
+            shift * labels + patient_effect
+        )  # images of a patient agree fully: the hardest case for image bootstrap
+        from fedssl.evaluation.statistics import weighted_auroc
+
+        values = weighted_auroc(scores, labels, patient_weights(np.repeat(np.arange(60), 3), resamples=400, seed=study))
+        _, low, high = interval(values)
+        hits += low <= truth <= high
+    assert 0.91 <= hits / studies <= 0.98
+
+
+def test_seeds_are_averaged_in_the_estimate_and_drawn_in_the_resamples():
+    values = np.tile(np.array([[0.2], [0.4], [0.9]]), (1, 1001))
+    combined = combine_seeds(values, seed=0)
+    assert combined[0] == pytest.approx(0.5)
+    assert combined[1:].std() > 0.05
+    assert combined[1:].mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_difference_is_paired_so_equal_encoders_tie_exactly(hospitals, tmp_path):
+    _, task = _task(hospitals, tmp_path)
+    features = np.random.default_rng(0).normal(size=(len(task.rows), 4)).astype(np.float32)
+    probes = {"federated": ["linear"], "twin": ["linear"]}
+    _, values = score_encoders(
+        {"federated": features, "twin": features}, task, probes=probes, fractions=[0.5], seeds=2, resamples=50
+    )
+    for gap in compare(values, "federated", ["twin"]):
+        assert (gap.difference, gap.low, gap.high) == (0.0, 0.0, 0.0)
+
+
+@pytest.fixture
+def evaluated(tiny, tmp_path):
+    run = tmp_path / "run"
+    simulate([*tiny, f"run_dir={run}", "simulation.arms=[federated,single_site]"])
+    return run, evaluate_run(run)
+
+
+def test_an_evaluation_names_the_weights_and_holds_every_encoder_share_and_domain(evaluated):
+    run, results = evaluated
+    encoders = {"federated", "single site", "random encoder"}
+    assert set(results["encoders"]) == encoders
+    assert results["encoders"]["federated"]["images_seen"] > 0
+    assert len(results["encoders"]["federated"]["sha256"]) == 64
+    cells = {(s["encoder"], s["probe"], s["fraction"], s["domain"]) for s in results["scores"]}
+    assert len(cells) == (3 * 2 + 3) * 5 * 2
+    assert all(
+        s["low"] <= s["auroc"] + 1e-9 and s["auroc"] <= s["high"] + 1e-9
+        for s in results["scores"]
+        if s["fraction"] == 1
+    )
+    assert json.loads((run / "evaluation.json").read_text()) == results
+    assert len((run / "evaluation.csv").read_text().splitlines()) == len(cells) + 1
+
+
+def test_the_report_is_one_page_that_needs_nothing_beside_it_and_says_synthetic(evaluated):
+    run, _ = evaluated
+    cli._write_report(run)
+    page = (run / "report.html").read_text()
+    assert "Synthetic images." in page
+    assert page.count("<svg") == 4
+    assert "data:image/png;base64," in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    assert "Against random encoder" in page
+    for name in ("federated", "single site", "raw pixels (PCA)", "metadata only"):
+        assert name in page
+
+
+def test_an_encoder_that_never_trained_is_not_evaluated(evaluated):
+    from dataclasses import replace
+
+    from fedssl.checkpoint import load_checkpoint, save_checkpoint
+    from fedssl.run_folder import RunFolder
+
+    folder = RunFolder(evaluated[0])
+    save_checkpoint(folder.last, replace(load_checkpoint(folder.last), round=0))
+    with pytest.raises(ConfigError, match="never trained"):
+        evaluate_run(folder.path)
+
+
+def test_a_damaged_checkpoint_is_explained(evaluated):
+    path = evaluated[0] / "checkpoints" / "last.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError, match="damaged"):
+        evaluate_run(evaluated[0])
