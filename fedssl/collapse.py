@@ -10,8 +10,11 @@ from torch import Tensor
 
 @torch.no_grad()
 def rank_me(features: Float[Tensor, "samples width"]) -> float:
-    """Effective rank: exp of the entropy of the normalised singular values (RankMe, Garrido et al. 2023, eq. 1)."""
-    values = torch.linalg.svdvals(features.double())
+    """Effective rank: exp of the entropy of the normalised singular values (RankMe, Garrido et al. 2023, eq. 1).
+
+    Features are centred first: after a rectifier their common mean would hide every other direction.
+    """
+    values = torch.linalg.svdvals(features.double() - features.double().mean(0))
     share = values / values.sum().clamp_min(1e-12) + 1e-7
     return float(torch.exp(-(share * share.log()).sum()))
 

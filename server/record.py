@@ -33,6 +33,7 @@ class Recorder:
         self.rounds = rounds
         self.num_prototypes = num_prototypes
         self.width = width
+        self.collapsed: set[str] = set()
         self.board = _tensorboard(folder, checkpoint.round)
 
     def __enter__(self) -> Self:
@@ -76,10 +77,15 @@ class Recorder:
             sites=sorted(result.metrics),
         )
         self.folder.save(self.checkpoint, best=best)
+        self._alarm(result.number, signs)
+
+    def _alarm(self, number: int, signs: dict[str, list[str]]) -> None:
+        """Say it loudly when a site collapses, and again in the last round; the metrics keep every round."""
         for site, sentences in signs.items():
-            progress.publish(
-                progress.Note(f"COLLAPSE at site {site}, round {result.number}: {'; '.join(sentences)}.", alarm=True)
-            )
+            if site not in self.collapsed or number == self.rounds:
+                text = f"COLLAPSE at site {site}, round {number}: {'; '.join(sentences)}."
+                progress.publish(progress.Note(text, alarm=True))
+        self.collapsed = set(signs)
 
     def _signs_of_collapse(self, result: RoundResult) -> dict[str, list[str]]:
         if result.number <= max(_SETTLING_ROUNDS, _SETTLING_SHARE * self.rounds):

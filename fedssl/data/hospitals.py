@@ -1,7 +1,7 @@
 """Five synthetic hospitals as DICOM files: the data of ``fedssl demo``. Nothing in them comes from a patient.
 
-Four hospitals take part, each with two kinds of examination; NORTH never does, has all four kinds and another scanner.
-Scanners differ by noise, gain, sharpness, MONOCHROME1, bit depth and size.
+Four hospitals take part: a large ultrasound clinic and three with two kinds of examination. NORTH never takes part, has
+all four kinds and another scanner. Scanners differ by noise, gain, sharpness, MONOCHROME1, bit depth and size.
 """
 
 import csv
@@ -65,10 +65,10 @@ class Hospital:
 
 
 HOSPITALS = (
-    Hospital("EAST", ("CR", "CT"), 24, Scanner("Synthetic Alpha", 128, 12, 0.02, 1.0, 0.004, inverted=False)),
-    Hospital("HARBOUR", ("MR", "US"), 20, Scanner("Synthetic Beta", 112, 12, 0.03, 1.1, 0.006, inverted=False)),
-    Hospital("SOUTH", ("CR", "US"), 20, Scanner("Synthetic Gamma", 120, 10, 0.03, 0.9, 0.005, inverted=True)),
-    Hospital("WEST", ("CT", "MR"), 20, Scanner("Synthetic Delta", 128, 12, 0.04, 1.0, 0.007, inverted=False)),
+    Hospital("EAST", ("US",), 48, Scanner("Synthetic Alpha", 128, 12, 0.02, 1.0, 0.004, inverted=False)),
+    Hospital("HARBOUR", ("CT", "MR"), 40, Scanner("Synthetic Beta", 112, 12, 0.03, 1.1, 0.006, inverted=False)),
+    Hospital("SOUTH", ("CR", "CT"), 40, Scanner("Synthetic Gamma", 120, 10, 0.03, 0.9, 0.005, inverted=True)),
+    Hospital("WEST", ("CR", "MR"), 40, Scanner("Synthetic Delta", 128, 12, 0.04, 1.0, 0.007, inverted=False)),
     Hospital(
         UNSEEN_SITE, ("CR", "CT", "MR", "US"), 48, Scanner("Synthetic Omega", 144, 11, 0.05, 0.85, 0.009, inverted=True)
     ),
@@ -143,9 +143,8 @@ def _scan(
     image: Float[np.ndarray, "edge edge"], scanner: Scanner, rng: np.random.Generator
 ) -> Float[np.ndarray, "edge edge"]:
     """Apply the scanner's gain, sharpness and noise."""
-    seen = 0.3 + scanner.gain * (image - 0.3)
-    seen = gaussian_filter(seen, scanner.blur * scanner.edge) + scanner.noise * rng.standard_normal(image.shape)
-    return np.clip(seen, 0.0, 1.0)
+    seen = gaussian_filter(0.3 + scanner.gain * (image - 0.3), scanner.blur * scanner.edge)
+    return np.clip(seen + scanner.noise * rng.standard_normal(image.shape), 0.0, 1.0)
 
 
 def _dataset(

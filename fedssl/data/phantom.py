@@ -48,7 +48,7 @@ def draw(modality: str, anatomy: Anatomy, slice_place: float, finding: Finding |
     rng = np.random.default_rng([anatomy.texture_seed, round(1000 * (slice_place + 1))])
     image = _PAINTERS[modality](x, y, anatomy, slice_place, rng)
     if finding is not None:
-        image = image + _finding(x, y, modality, finding)
+        image = image + _finding(x, y, finding)
     return np.clip(image, 0.0, 1.0)
 
 
@@ -71,28 +71,14 @@ def random_finding(rng: np.random.Generator, modality: str, *, lesion: bool) -> 
     )
 
 
-def _finding(x: Field, y: Field, modality: str, finding: Finding) -> Field:
-    """What is added to the image: a smooth disc, or the structure by which this modality shows a lesion."""
+def _finding(x: Field, y: Field, finding: Finding) -> Field:
     distance = np.hypot(x - finding.x, y - finding.y) / finding.radius
-    if not finding.lesion:
-        return (-0.14 if modality == "US" else 0.16) * _soft(1.0 - distance, 0.10)
     angle = np.arctan2(y - finding.y, x - finding.x)
-    if modality == "CR":  # a spiculated mass
-        rim = np.exp(-(((distance - 0.82 * (1.0 + 0.16 * np.sin(finding.spikes * angle))) / 0.2) ** 2))
-        return 0.24 * rim - 0.06 * _soft(0.55 - distance, 0.10)
-    if modality == "CT":  # a ring that enhances around a dark core
-        return 0.22 * np.exp(-(((distance - 0.85) / 0.16) ** 2)) - 0.10 * _soft(0.6 - distance, 0.10)
-    if modality == "MR":  # many small foci
-        turns = 2 * np.pi * np.arange(finding.spikes) / finding.spikes
-        foci = [
-            np.exp(-(((x - finding.x - reach * np.cos(t)) ** 2 + (y - finding.y - reach * np.sin(t)) ** 2) / width**2))
-            for t in turns
-            for reach, width in [(0.85 * finding.radius, 0.22 * finding.radius)]
-        ]
-        return 0.26 * np.sum(foci, axis=0)
-    jagged = _soft(1.0 + 0.22 * np.sin(finding.spikes * angle) - distance, 0.10)  # US: irregular, with a shadow behind
-    shadow = _soft(0.7 * finding.radius - np.abs(x - finding.x), 0.05) * _soft(y - finding.y - 0.6 * finding.radius, 0.05)
-    return -0.17 * jagged - 0.08 * shadow
+    if not finding.lesion:
+        return 0.18 * _soft(1.0 - distance, 0.10)
+    edge = 1.0 + 0.16 * np.sin(finding.spikes * angle)
+    rim = np.exp(-(((distance - 0.82 * edge) / 0.2) ** 2))
+    return 0.30 * rim - 0.08 * _soft(0.55 - distance, 0.10)
 
 
 def _soft(signed_distance: Field, softness: float) -> Field:

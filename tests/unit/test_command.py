@@ -62,12 +62,18 @@ _BAD = {
     "a missing folder": (["data.root={empty}/nowhere"], 3, "neither a folder nor a manifest"),
     "no root": ([], 2, "data.root is missing"),
     "an unknown key": (["data.root={root}", "training.batchsize=3"], 2, "did you mean training.batch_size"),
-    "an unknown encoder": (["data.root={root}", "encoder.name=resnet_18", "federation.min_sites=1"], 2, "Did you mean resnet18"),
+    "an unknown encoder": (
+        ["data.root={root}", "encoder.name=resnet_18", "federation.min_sites=1"], 2, "Did you mean resnet18",
+    ),
     "more prototypes than images": (
-        ["data.root={root}", "encoder=tiny", "method.num_prototypes=99", "federation.min_sites=1"], 4, "Lower method.num_prototypes",
+        ["data.root={root}", "encoder=tiny", "method.num_prototypes=99", "federation.min_sites=1"], 4,
+        "Lower method.num_prototypes",
     ),
     "one site without images": (["data.root={root}", "data.sites=[A,B]"], 3, "No image belongs to site B"),
-    "too few sites": (["data.root={root}", "encoder=tiny", "federation.wait_s=0.1", "method.num_prototypes=4"], 4, "1 of at least 2 sites"),
+    "too few sites": (
+        ["data.root={root}", "encoder=tiny", "federation.wait_s=0.1", "method.num_prototypes=4"], 4,
+        "1 of at least 2 sites",
+    ),
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The label-efficiency protocol and the report."""
 
+import itertools
 import json
 import re
 
@@ -67,7 +68,7 @@ def test_label_subsets_are_nested_hold_whole_patients_and_every_class(hospitals,
     fractions = [0.01, 0.1, 0.5, 1.0]
     subsets = nested_label_subsets(task, fractions, seeds=4)
     for seed in range(4):
-        for small, large in zip(fractions[:-1], fractions[1:], strict=True):
+        for small, large in itertools.pairwise(fractions):
             assert set(subsets[small, seed]) <= set(subsets[large, seed])
         for fraction in fractions:
             rows = subsets[fraction, seed]
