@@ -69,7 +69,7 @@ def site_telemetry(rows: Sequence[Mapping[str, Any]], *, num_prototypes: int) ->
             line = [(row["round"], row[key]) for row in rows if row["site"] == site and key in row]
             axes.plot(*zip(*line, strict=True), color=_COLOURS[number % len(_COLOURS)], label=site, lw=1.5)
         if key == "clustering" and num_prototypes:
-            axes.axhline(math.log(num_prototypes), color="#999999", lw=0.8, ls=":", label="ln K: collapsed")
+            axes.axhline(math.log(num_prototypes), color="#b3261e", lw=1.2, ls=":", label="ln K: collapsed")
         _dress(axes, title)
         axes.set_xlabel("round")
     for axes in grid[len(panels) :]:

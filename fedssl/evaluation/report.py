@@ -58,11 +58,22 @@ def write_report(
         alarms=_alarms(round_rows),
         shares=sorted({score["fraction"] for score in results["scores"]}) if results else [],
         table=_table(results) if results else [],
-        config=yaml.safe_dump(dict(config), sort_keys=False),
+        config=yaml.safe_dump(_without_paths(config), sort_keys=False),
         environment=yaml.safe_dump(dict(environment), sort_keys=False),
     )
     with atomic_file(path, "the report") as stream:
         stream.write(page.encode())
+
+
+def _without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy the configuration with only the last part of every path: a page is passed on, folder names need not be."""
+
+    def shorten(value: Any) -> Any:  # noqa: ANN401 - whatever YAML holds
+        if isinstance(value, Mapping):
+            return {key: shorten(item) for key, item in value.items()}
+        return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+
+    return {key: shorten(value) for key, value in config.items()}
 
 
 def headline(results: Mapping[str, Any]) -> list[str]:
