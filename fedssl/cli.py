@@ -172,6 +172,19 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
 
 @app.command()
+def export(run: Annotated[Path, typer.Argument(help="A run folder, or a checkpoint in one.")]) -> None:
+    """Write the encoder as exported/encoder.onnx: standardised grey images in, features out."""
+    with _explained():
+        from fedssl.label_efficiency import resolve_run, trained_method
+        from fedssl.release.onnx import export_onnx
+
+        config, method = trained_method(run)
+        path = resolve_run(run)[0].path / "exported" / "encoder.onnx"
+        export_onnx(path, method.encoder, in_chans=config["encoder"]["in_chans"], edge=config["augment"]["global_edge"])
+        _out.print(f"Encoder: {path}", markup=False, highlight=False)
+
+
+@app.command()
 def doctor(output: FormatOption = Format.TEXT) -> None:
     """Check this machine: Python, packages, GPU, codecs, disk. Exit code 2 if fedssl cannot run here."""
     from fedssl.doctor import examine

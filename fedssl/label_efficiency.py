@@ -84,6 +84,20 @@ def evaluate_run(path: Path, labels: Path | None = None, changed: Mapping[str, A
     return results
 
 
+def trained_method(path: Path) -> tuple[Config, Method]:
+    """Load a run's configuration and its trained method, on the CPU.
+
+    Raises:
+        ConfigError: there is no run, or the encoder never trained.
+    """
+    folder, checkpoint = resolve_run(path)
+    config = folder.config()
+    config["training"]["device"] = "cpu"
+    method = build_method(config)
+    load_shared_state(method, _trained(checkpoint).state)
+    return config, method
+
+
 def _trained(path: Path) -> Checkpoint:
     checkpoint = load_checkpoint(path)
     if checkpoint.round == 0 or checkpoint.images_seen == 0:

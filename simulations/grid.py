@@ -4,7 +4,7 @@ Flower's own simulation engine needs Ray and some ten seconds for two rounds; th
 its answer is pulled. Messages are those that a SuperLink would carry.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -26,7 +26,10 @@ class InProcessGrid(Grid):
     """
 
     def __init__(
-        self, client_app: ClientApp, nodes: Mapping[int, Mapping[str, int | str]], run_config: Mapping[str, str]
+        self,
+        client_app: Callable[[Message, Context], Message],
+        nodes: Mapping[int, Mapping[str, int | str]],
+        run_config: Mapping[str, str],
     ) -> None:
         self._client_app = client_app
         self._contexts = {

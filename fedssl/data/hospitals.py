@@ -170,7 +170,11 @@ def _dataset(
     dataset.InstitutionName = f"Synthetic hospital {hospital.name}"
     dataset.ImageComments = "Synthetic image made by fedssl; no patient"
     dataset.BurnedInAnnotation = "NO"
-    dataset.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"] if modality == "CT" else ["ORIGINAL", "PRIMARY"]
+    dataset.ImageType = ["ORIGINAL", "PRIMARY", *{"CT": ["AXIAL"], "MR": ["OTHER"]}.get(modality, [])]
+    if modality == "CR":
+        dataset.BodyPartExamined, dataset.ViewPosition = "CHEST", "PA"
+    else:
+        dataset.Laterality = ""
     _add_geometry(dataset, modality, number)
     _add_pixels(dataset, grey, hospital.scanner, modality)
     return dataset
@@ -181,6 +185,7 @@ def _add_geometry(dataset: FileDataset, modality: str, number: int) -> None:
     if modality not in {"CT", "MR"}:
         del dataset.FrameOfReferenceUID
         return
+    dataset.PatientPosition = "HFS"
     dataset.PositionReferenceIndicator = ""
     dataset.ImagePositionPatient = [-150.0, -150.0, 5.0 * number]
     dataset.ImageOrientationPatient = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]

@@ -1,6 +1,7 @@
 """From files to batches: DICOM and raster pixels, the index, the cache, splits and batches."""
 
 import json
+import shutil
 import stat
 import subprocess
 import sys
@@ -25,8 +26,6 @@ from fedssl.errors import DataError
 @pytest.fixture
 def copied(hospitals, tmp_path):
     """A root of two patients at one site that a test may damage."""
-    import shutil
-
     for patient in sorted((hospitals / "EAST").iterdir())[:2]:
         shutil.copytree(patient, tmp_path / "root" / "EAST" / patient.name)
     return tmp_path / "root"
@@ -246,6 +245,14 @@ def test_synthetic_hospitals_are_equal_for_a_seed_and_say_that_they_are_syntheti
     assert "Synthetic" in dataset.ImageComments
     assert dataset.PatientName == f"SYNTHETIC^{dataset.PatientID}"
     assert json.loads((first / "synthetic.json").read_text())["synthetic"] is True
+
+
+@pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="dicom3tools (Debian) is not installed")
+def test_synthetic_images_are_valid_dicom(tmp_path):
+    root = write_hospitals(tmp_path, seed=0, scale=0.05)
+    for path in sorted(root.rglob("000.dcm")):
+        checked = subprocess.run(["dciodvfy", path], capture_output=True, text=True, check=False)
+        assert "Error" not in checked.stderr, checked.stderr
 
 
 def test_a_written_index_is_parquet_that_others_can_read(copied, tmp_path):

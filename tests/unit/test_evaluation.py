@@ -241,6 +241,22 @@ def test_an_encoder_that_never_trained_is_not_evaluated(evaluated):
         evaluate_run(folder.path)
 
 
+def test_the_exported_encoder_gives_the_same_features_in_another_program(evaluated):
+    import onnxruntime
+    import torch
+    from typer.testing import CliRunner
+
+    from fedssl.label_efficiency import trained_method
+
+    run, _ = evaluated
+    assert CliRunner().invoke(cli.app, ["export", str(run)]).exit_code == 0
+    images = torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    session = onnxruntime.InferenceSession(run / "exported" / "encoder.onnx")
+    features = session.run(None, {"images": images.numpy()})[0]
+    _, method = trained_method(run)
+    np.testing.assert_allclose(features, method.encoder.eval()(images).detach().numpy(), atol=1e-4)
+
+
 def test_a_damaged_checkpoint_is_explained(evaluated):
     path = evaluated[0] / "checkpoints" / "last.safetensors"
     path.write_bytes(path.read_bytes()[:100])

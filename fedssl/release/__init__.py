@@ -1,0 +1,1 @@
+"""The shared encoder in forms that other programs read."""
