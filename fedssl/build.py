@@ -51,17 +51,16 @@ def _make_optimizer(node: Mapping[str, Any], method: Method) -> Optimizer:
 
 def store_folder(config: Config, root: Path) -> Path:
     """Return where index and decoded images of a root live."""
-    if config["data"]["store"]:
-        return Path(config["data"]["store"])
-    return cache_folder() / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
+    base = Path(config["data"]["store"]) if config["data"]["store"] else cache_folder()
+    return base / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
 
 
-def open_images(config: Config, root: Path | None = None, *, rescan: bool = False) -> ImageStore:
+def open_images(config: Config, root: Path | None = None, *, site: str = "", rescan: bool = False) -> ImageStore:
     """Open the images of a root (default: data.root), indexing and decoding them on first use."""
     root = root or Path(config["data"]["root"])
     data = config["data"]
     return open_store(
-        root, store_folder(config, root), edge=data["edge"], patient_from=data["patient_from"], rescan=rescan
+        root, store_folder(config, root), edge=data["edge"], patient_from=data["patient_from"], site=site, rescan=rescan
     )
 
 
@@ -72,8 +71,8 @@ def participants(config: Config, store: ImageStore) -> dict[str, list[str]]:
         DataError: a site of data.sites has no images, or none is left.
     """
     known = sorted(set(store.column("site").tolist()))
-    unseen = config["data"]["unseen_sites"]
-    chosen = config["data"]["sites"] or [site for site in known if site not in unseen]
+    unseen = [str(site) for site in config["data"]["unseen_sites"]]
+    chosen = [str(site) for site in config["data"]["sites"] or ()] or [site for site in known if site not in unseen]
     missing = [site for site in [*chosen, *unseen] if site not in known]
     if missing or not chosen:
         raise DataError(
@@ -104,16 +103,15 @@ def build_agent(config: Config, node_config: Mapping[str, Any]) -> SiteAgent:
     """
     if "data-dir" in node_config:
         root, site, members = Path(str(node_config["data-dir"])), str(node_config.get("site", "site")), None
-        store = open_images(config, root)
+        store = open_images(config, root, site=site)
     else:
         root = Path(config["data"]["root"])
         store = open_images(config, root)
         sites = participants(config, store)
         number = int(node_config.get("partition-id", -1))
-        if not 0 <= number < len(sites):
-            raise ConfigError(
-                f"is node {number} of a federation of {len(sites)} sites; start as many nodes as there are sites"
-            )
+        nodes = int(node_config.get("num-partitions", len(sites)))
+        if not 0 <= number < len(sites) or nodes != len(sites):
+            raise ConfigError(f"is node {number} of {nodes} where the data has {len(sites)} sites; start a node a site")
         site = list(sites)[number]
         members = sites[site]
     training = config["training"]

@@ -128,12 +128,15 @@ def simulate(overrides: Overrides = None) -> None:
 def _simulate(overrides: list[str]) -> None:
     """Train the arms, evaluate where there are labels, write the report."""
     from fedssl.build import open_images
-    from fedssl.label_efficiency import evaluate_run, has_labels
+    from fedssl.config import load
+    from fedssl.label_efficiency import evaluate_run, labels_fit
     from simulations.run import simulate as run
 
-    config, _ = run(overrides)
+    config = load(overrides)
+    labelled = labels_fit(config, open_images(config, rescan=True))
+    run(overrides)
     folder = Path(config["run_dir"])
-    if has_labels(config, open_images(config)):
+    if labelled:
         _print_headline(evaluate_run(folder))
     _write_report(folder)
 
@@ -239,10 +242,5 @@ def _print_json(value: Any) -> None:  # noqa: ANN401 - whatever JSON can hold
     typer.echo(json.dumps(value, indent=2))
 
 
-def main() -> None:
-    """Run the command."""
-    app()
-
-
 if __name__ == "__main__":
-    main()
+    app()

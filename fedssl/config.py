@@ -18,8 +18,12 @@ Config = dict[str, Any]
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "configs"
 ALLOWED_TARGETS = ("fedssl.", "torch.optim.")
 _PATHS = (("data", "root"), ("data", "store"), ("evaluation", "labels"))  # made absolute: runs are read from anywhere
+_QUOTED = {"data.root", "data.store", "evaluation.labels", "run_dir"}
 _SHARED_SECTIONS = ("seed", "encoder", "method", "augment", "optim", "aggregation")
-_SHARED_KEYS = ("training.batch_size", "training.local_epochs", "training.precision", "federation.rounds", "data.edge")
+_SHARED_KEYS = (
+    "training.batch_size", "training.local_epochs", "training.precision", "federation.rounds", "simulation.pool",
+    "data.edge", "data.patient_from", "data.sites", "data.unseen_sites", "data.test_fraction",
+)  # fmt: skip
 
 
 def load(overrides: Sequence[str]) -> Config:
@@ -41,13 +45,14 @@ def load(overrides: Sequence[str]) -> Config:
             "The folder configs/ is not beside the package: fedssl was installed without its checkout. Simulations and "
             "federations run from a checkout (pip install -e .)."
         )
+    overrides = [_quoted(override) for override in overrides]
     try:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
             _refuse_unknown(overrides, list(_keys(OmegaConf.to_container(compose("config"), resolve=False))))
             composed = compose("config", overrides=list(overrides))
         config = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error)) from error
+        raise ConfigError(_explain(error, overrides)) from error
     assert isinstance(config, dict)
     plain: Config = {str(key): value for key, value in config.items()}
     _check(plain)
@@ -55,6 +60,15 @@ def load(overrides: Sequence[str]) -> Config:
         if plain[section][key]:
             plain[section][key] = str(Path(plain[section][key]).absolute())
     return plain
+
+
+def _quoted(override: str) -> str:
+    """Quote the value of a path, which may hold blanks, commas and brackets; users should not have to."""
+    key, _, value = override.partition("=")
+    if key not in _QUOTED or value in {"", "null", "???"} or value[0] in "'\"$":
+        return override
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{escaped}'"
 
 
 def overrides_of(text: str) -> list[str]:
@@ -100,9 +114,9 @@ def _unknown_choice(group: str, choice: str) -> list[str]:
     return [] if choice in choices else [f"{group}={choice} does not exist; there are {', '.join(choices)}"]
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
     text = str(error).strip().splitlines()[0]
-    if "data.root" in str(error):
+    if "data.root" in str(error) and not any(override.startswith("data.root=") for override in overrides):
         return "data.root is missing. Say where the images are: fedssl simulate data.root=FOLDER (or run fedssl demo)."
     return f"The configuration cannot be composed: {text}"
 
@@ -118,11 +132,14 @@ def _check(config: Config) -> None:
         (_whole(federation["rounds"], 1), "federation.rounds must be a whole number of at least 1"),
         (_whole(federation["min_sites"], 1), "federation.min_sites must be a whole number of at least 1"),
         (_positive(federation["deadline_s"]), "federation.deadline_s must be above 0"),
-        (0 <= config["data"]["test_fraction"] < 1, "data.test_fraction must be at least 0 and below 1"),
-        (config["augment"]["global_count"] >= 2, "augment.global_count must be at least 2: views are compared"),
+        (_share(config["data"]["test_fraction"]), "data.test_fraction must be at least 0 and below 1"),
+        (_whole(config["data"]["edge"], 8), "data.edge must be a whole number of at least 8"),
+        (_whole(evaluation["seeds"], 1), "evaluation.seeds must be a whole number of at least 1"),
+        (_whole(evaluation["bootstrap"], 10), "evaluation.bootstrap must be a whole number of at least 10"),
+        (_whole(config["augment"]["global_count"], 2), "augment.global_count must be at least 2: views are compared"),
         (set(config["simulation"]["arms"]) <= {"federated", "single_site", "pooled"},
          "simulation.arms may hold federated, single_site, pooled"),
-        (all(_positive(share) and share <= 1 for share in evaluation["fractions"]),
+        (isinstance(evaluation["fractions"], list) and all(_positive(f) and f <= 1 for f in evaluation["fractions"]),
          "evaluation.fractions must lie above 0 and up to 1"),
         (not (config["resume"] and config["overwrite"]), "resume=true and overwrite=true exclude each other"),
     ]  # fmt: skip
@@ -133,6 +150,10 @@ def _check(config: Config) -> None:
 
 def _whole(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
 
 
 def _positive(value: object) -> bool:
@@ -156,15 +177,20 @@ def instantiate_node(node: Mapping[str, Any], **extra: Any) -> Any:  # noqa: ANN
         ConfigError: the target is not allowed, or refuses its arguments.
     """
     from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
+    from hydra.utils import get_object, instantiate
 
     target = str(node.get("_target_", ""))
-    if not target.startswith(ALLOWED_TARGETS):
+    nested = any("_target_" in str(value) for key, value in node.items() if key != "_target_")
+    if (
+        nested
+        or not target.startswith(ALLOWED_TARGETS)
+        or not get_object(target).__module__.startswith(ALLOWED_TARGETS)
+    ):
         raise ConfigError(
             f"_target_: {target} is refused; only {' and '.join(ALLOWED_TARGETS)}* may be built from a configuration."
         )
     try:
-        return instantiate(dict(node), **extra, _convert_="all")
+        return instantiate(dict(node), **extra, _convert_="all", _recursive_=False)
     except InstantiationException as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from error

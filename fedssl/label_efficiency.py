@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fedssl import progress
 from fedssl.build import build_method, open_images, participants
 from fedssl.checkpoint import Checkpoint, load_checkpoint
 from fedssl.config import Config
@@ -38,9 +39,10 @@ def resolve_run(path: Path) -> tuple[RunFolder, Path]:
     Raises:
         ConfigError: there is no run.
     """
-    if path.suffix == ".safetensors":
-        return RunFolder(path.parent.parent), path
-    return RunFolder(path), RunFolder(path).last
+    folder = RunFolder(path.parent.parent if path.suffix == ".safetensors" else path)
+    if folder.path.resolve().parent.name == "arms":
+        raise ConfigError(f"{folder.path.name} is an arm of a comparison. Evaluate the run that it belongs to.")
+    return folder, path if path.suffix == ".safetensors" else folder.last
 
 
 def evaluate_run(path: Path, labels: Path | None = None, changed: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -65,7 +67,7 @@ def evaluate_run(path: Path, labels: Path | None = None, changed: Mapping[str, A
     edge = config["augment"]["global_edge"]
     features = {RANDOM: embed(method.encoder, store, task.rows, edge=edge)}
     encoders: dict[str, Any] = {RANDOM: {"round": 0, "images_seen": 0}}
-    for name, source in _arms(folder, checkpoint_path).items():
+    for name, source in _arms(folder, checkpoint_path, config["federation"]["rounds"]).items():
         arm = checkpoint if source == checkpoint_path else _trained(source)
         load_shared_state(method, arm.state)
         features[name] = embed(method.encoder, store, task.rows, edge=edge)
@@ -118,12 +120,14 @@ def _task(config: Config, store: ImageStore, labels: Path | None) -> Task:
     )  # fmt: skip
 
 
-def _arms(folder: RunFolder, checkpoint: Path) -> dict[str, Path]:
+def _arms(folder: RunFolder, checkpoint: Path, rounds: int) -> dict[str, Path]:
     """Checkpoints to compare by name: the one asked for, and the last one of every arm that was trained."""
     arms = {PRETRAINED: checkpoint}
     for name, title in _ARM_TITLES.items():
         last = RunFolder(folder.path / "arms" / name).last
-        if last.exists():
+        if last.exists() and load_checkpoint(last).round < rounds:
+            progress.publish(progress.Note(f"The arm {title} is not finished and is left out.", alarm=True))
+        elif last.exists():
             arms[title] = last
     return arms
 
@@ -166,9 +170,16 @@ def _score(features: Mapping[str, Any], encoders: Mapping[str, Any], task: Task,
     }
 
 
-def has_labels(config: Config, store: ImageStore) -> bool:
-    """Tell whether a run can be evaluated: it names a label file, or its index holds labels."""
-    return bool(config["evaluation"]["labels"]) or any(store.column("label").tolist())
+def labels_fit(config: Config, store: ImageStore) -> bool:
+    """Tell whether a run can be evaluated: it names a label file, or its index holds labels.
+
+    Raises:
+        DataError: there are labels, but they do not fit; better known before hours of training than after.
+    """
+    if not config["evaluation"]["labels"] and not any(store.column("label").tolist()):
+        return False
+    _task(config, store, None)
+    return True
 
 
 def _is_synthetic(config: Config) -> bool:

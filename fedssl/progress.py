@@ -1,9 +1,10 @@
 """What is going on, for a person: events published by the work, shown by whoever listens.
 
-The work (decoding, training, rounds) publishes; the command line installs one listener. Without a listener events are
-dropped, so that the library stays silent when it is imported by others.
+The work (decoding, training, rounds) publishes; the command line installs one listener. Without a listener all
+but alarms are dropped, so that the library stays silent when it is imported by others.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -43,6 +44,7 @@ Event = Step | Done | Note
 Listener = Callable[[Event], None]
 
 _listeners: list[Listener] = []
+_log = logging.getLogger("fedssl")
 
 
 def listen(listener: Listener) -> Callable[[], None]:
@@ -52,6 +54,8 @@ def listen(listener: Listener) -> Callable[[], None]:
 
 
 def publish(event: Event) -> None:
-    """Hand an event to every listener."""
+    """Hand an event to every listener; without one, an alarm still goes to the log."""
+    if not _listeners and isinstance(event, Note) and event.alarm:
+        _log.warning(event.text)
     for listener in tuple(_listeners):
         listener(event)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fedssl import progress
 from fedssl.errors import StorageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -87,9 +88,17 @@ def rewrite_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 @contextlib.contextmanager
 def exclusive(path: Path) -> Iterator[None]:
     """Hold the lock file ``path``: of several processes one works at a time, the others wait."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("a")
+    except OSError as error:
+        raise _explained(error, "the cache folder (FEDSSL_CACHE or data.store)") from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress.publish(progress.Note("Waiting for another fedssl process that prepares the same images."))
+            fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
 

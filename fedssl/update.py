@@ -11,6 +11,14 @@ from torch import Tensor
 from fedssl.errors import UpdateRefused
 from fedssl.methods.base import PROTOTYPES, Method
 
+_MOST = 1e9  # more than any site has: a larger figure is an error or an attack
+METRICS = frozenset(
+    {
+        "loss", "contrastive", "clustering", "effective_prototypes", "rankme", "images", "seconds", "images_per_s",
+        "data_wait", "optimizer_restarted",
+    }
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Update:
@@ -22,7 +30,7 @@ class Update:
         examples: images that the site trained on, its weight in averages.
         mass: [prototypes] soft number of samples assigned to each prototype, or None.
         usage: [prototypes] number of samples nearest to each prototype, or None.
-        metrics: named figures of the round.
+        metrics: figures of the round, by the names in ``METRICS``: nothing else may leave a site or be recorded.
     """
 
     site: str
@@ -68,10 +76,14 @@ def check_update(update: Update, reference: Mapping[str, Tensor]) -> None:
 
 def _misfits(update: Update, reference: Mapping[str, Tensor]) -> Iterator[str]:
     """Give everything about an update that does not fit."""
-    if update.examples <= 0:
-        yield f"it reports {update.examples} images"
-    if not {"loss", "images"} <= update.metrics.keys() or not all(map(math.isfinite, update.metrics.values())):
-        yield "its metrics lack loss or images, or are not finite"
+    if not 0 < update.examples < _MOST:
+        yield f"it reports {update.examples:.3g} images"
+    if not {"loss", "images"} <= update.metrics.keys() <= METRICS:
+        yield "its metrics lack loss or images, or have a name that is not on the list"
+    elif not all(math.isfinite(value) and abs(value) < _MOST for value in update.metrics.values()):
+        yield "its metrics are not finite or absurdly large"
+    elif update.metrics["images"] <= 0:
+        yield f"it trained on {update.metrics['images']:.3g} images"
     for name in sorted(update.state.keys() - reference.keys()):
         yield f"tensor {name} is not part of the shared state"
     for name, expected in reference.items():

@@ -4,7 +4,9 @@ Flower moves every array as objects of its own: a state of 300 tensors is severa
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ from fedssl.errors import ConfigError, FederationError
 from fedssl.update import Update
 
 PROTOCOL = 1
+_LONGEST_NAME, _LONGEST_REASON = 64, 500
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,11 @@ def unpack(arrays: ArrayRecord, layout: ConfigRecord) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for dtype, members in json.loads(str(layout["layout"])).items():
         flat = torch.from_numpy(np.array(arrays[dtype].numpy()))
-        sizes = [int(np.prod(shape, dtype=np.int64)) for _, shape in members]
+        sizes = [math.prod(shape) for _, shape in members]
+        if any(size < 0 for _, shape in members for size in shape):
+            raise FederationError("its layout names a negative size")
         if flat.ndim != 1 or len(flat) != sum(sizes):
-            raise FederationError(f"The {dtype} array holds {flat.numel()} values where its layout names {sum(sizes)}.")
+            raise FederationError(f"its {dtype} array holds {flat.numel()} values where its layout names {sum(sizes)}")
         for (name, shape), part in zip(members, flat.split(sizes), strict=True):
             state[name] = part.reshape(shape)
     return state
@@ -99,6 +104,10 @@ def _int(value: Any) -> int:  # noqa: ANN401 - Flower's own union of config valu
     return int(value)
 
 
+def _float(value: Any) -> float:  # noqa: ANN401 - Flower's own union of metric values
+    return float(value)
+
+
 def write_update(update: Update) -> RecordDict:
     """Make the content of a site's answer."""
     arrays, layout = pack(update.state)
@@ -120,12 +129,25 @@ def write_refusal(refusal: Refusal) -> RecordDict:
     return RecordDict({"refused": ConfigRecord({"site": refusal.site, "reason": refusal.reason})})
 
 
-def read_presence(content: RecordDict) -> str | Refusal:
-    """Read an answer to the roll call: the site's name, or its refusal."""
-    if "refused" in content:
-        record = content.config_records["refused"]
-        return Refusal(str(record["site"]), str(record["reason"]))
-    return str(content.config_records["site"]["site"])
+@dataclass(frozen=True)
+class Presence:
+    """A site's answer to the roll call: its name and how many training images it has."""
+
+    site: str
+    images: int
+
+
+def read_presence(content: RecordDict) -> Presence | Refusal:
+    """Read an answer to the roll call.
+
+    Raises:
+        FederationError: the answer is malformed.
+    """
+    with _well_formed():
+        if "refused" in content:
+            return _read_refusal(content)
+        record = content.config_records["site"]
+        return Presence(str(record["site"]), _int(record["images"]))
 
 
 def read_update(content: RecordDict) -> Update | Refusal:
@@ -134,10 +156,9 @@ def read_update(content: RecordDict) -> Update | Refusal:
     Raises:
         FederationError: the answer is malformed.
     """
-    if "refused" in content:
-        record = content.config_records["refused"]
-        return Refusal(str(record["site"]), str(record["reason"]))
-    try:
+    with _well_formed():
+        if "refused" in content:
+            return _read_refusal(content)
         counts = {
             name: torch.from_numpy(np.array(array.numpy())) for name, array in content.array_records["counts"].items()
         }
@@ -148,10 +169,24 @@ def read_update(content: RecordDict) -> Update | Refusal:
             examples=_int(site["examples"]),
             mass=counts.get("mass"),
             usage=counts.get("usage"),
-            metrics={name: float(value) for name, value in content.metric_records["metrics"].items()},  # type: ignore[arg-type]
+            metrics={name: _float(value) for name, value in content.metric_records["metrics"].items()},
         )
-    except (KeyError, TypeError, ValueError) as error:
+
+
+@contextmanager
+def _well_formed() -> Iterator[None]:
+    """Turn whatever a broken or hostile answer raises into one refusal; its text is not repeated."""
+    try:
+        yield
+    except FederationError:
+        raise
+    except Exception as error:
         raise FederationError(f"its answer is malformed ({type(error).__name__})") from error
+
+
+def _read_refusal(content: RecordDict) -> Refusal:
+    record = content.config_records["refused"]
+    return Refusal(str(record["site"])[:_LONGEST_NAME], str(record["reason"])[:_LONGEST_REASON])
 
 
 def size_in_bytes(content: RecordDict) -> int:

@@ -88,18 +88,27 @@ def _call_roll(grid: Grid, plan: Plan) -> dict[str, int]:
     deadline = time.monotonic() + plan.deadline_s
     pending = _push(grid, order, nodes, MessageType.QUERY, plan)
     for node, message_id in pending:
-        answer = _pull(grid, message_id, deadline)
-        name = wire.Refusal(f"node {node}", _failure(answer)) if _failed(answer) else wire.read_presence(answer.content)  # type: ignore[union-attr]
-        if isinstance(name, wire.Refusal):
-            refused[name.site] = name.reason
-        elif name in sites:
-            refused[f"{name} (again)"] = "two nodes say that they are this site; stop one"
+        answer = _read_presence(_pull(grid, message_id, deadline), node)
+        if isinstance(answer, wire.Refusal):
+            refused[answer.site] = answer.reason
+        elif answer.site in sites:
+            refused[f"{answer.site} (again)"] = "is the second node that says it is this site; stop one"
         else:
-            sites[name] = node
+            sites[answer.site] = node
     for site, reason in refused.items():
         progress.publish(progress.Note(f"Site {site} does not take part: it {reason}.", alarm=True))
     _require(plan, sites, refused, "take part")
+    progress.publish(progress.Note(f"{len(sites)} sites take part: {', '.join(sorted(sites))}"))
     return dict(sorted(sites.items()))
+
+
+def _read_presence(answer: Message | None, node: int) -> wire.Presence | wire.Refusal:
+    if answer is None or not answer.has_content():
+        return wire.Refusal(f"node {node}", _failure(answer))
+    try:
+        return wire.read_presence(answer.content)
+    except FederationError as error:
+        return wire.Refusal(f"node {node}", str(error))
 
 
 def _wait_for_nodes(grid: Grid, plan: Plan) -> list[int]:
@@ -200,10 +209,6 @@ def _pull(grid: Grid, message_id: str, deadline: float) -> Message | None:
             return None
         time.sleep(_POLL_S)
     return None
-
-
-def _failed(answer: Message | None) -> bool:
-    return answer is None or not answer.has_content()
 
 
 def _failure(answer: Message | None) -> str:

@@ -51,7 +51,7 @@ def plan_arms(config: Config, store: ImageStore, overrides: Sequence[str]) -> li
             "federation.min_sites": "1",
             "training.local_epochs": repr(config["training"]["local_epochs"] / share),
         }
-        changed |= {"data.sites": f"[{largest}]"} if alone else {"simulation.pool": "true"}
+        changed |= {"data.sites": f"['{largest}']"} if alone else {"simulation.pool": "true"}
         title = f"{largest} alone" if alone else "all images pooled"
         arms.append(Arm(name, title, folder / "arms" / name, _replace(overrides, changed), 1))
     return arms

@@ -92,7 +92,7 @@ def _overhead() -> float:
     def answer(message: Message, context: Context) -> Message:
         site = str(context.node_config["site"])
         if message.metadata.message_type == "query":
-            return Message(wire.write_presence(site, {}), reply_to=message)
+            return Message(wire.write_presence(site, {"images": 10}), reply_to=message)
         _, received = wire.read_order(message.content, "bench")
         update = Update(site, received, 10, counts, counts, {"loss": 1.0, "images": 10.0})
         return Message(wire.write_update(update), reply_to=message)

@@ -7,8 +7,8 @@ from dataclasses import replace
 from fedssl import config as settings
 from fedssl import progress
 from fedssl.build import open_images
-from fedssl.checkpoint import load_checkpoint
 from fedssl.config import Config
+from fedssl.errors import FederationError
 from fedssl.run_folder import RunFolder
 from simulations.arms import Arm, plan_arms
 from simulations.grid import run_in_process
@@ -32,8 +32,13 @@ def simulate(overrides: Sequence[str]) -> tuple[Config, list[Arm]]:
     logging.getLogger("flwr").setLevel(logging.ERROR)
     overrides = list(overrides)
     config = settings.load(overrides)
-    store = open_images(config, rescan=True)
+    store = open_images(config)
     arms = plan_arms(config, store, overrides)
+    if arms[0].sites < config["federation"]["min_sites"]:
+        raise FederationError(
+            f"{arms[0].sites} of at least {config['federation']['min_sites']} sites have images. Lower "
+            "federation.min_sites, or check data.root and data.sites."
+        )
     for arm in arms:
         ready = _ready(arm, config)
         if ready is not None:
@@ -46,7 +51,8 @@ def _ready(arm: Arm, config: Config) -> Arm | None:
     """Decide how a resumed arm goes on: not at all if it is finished, from the start if it had not begun."""
     if not config["resume"] or not arm.folder.exists():
         return replace(arm, overrides=[text for text in arm.overrides if not text.startswith("resume=")])
-    last = RunFolder(arm.folder).last
-    if last.exists() and load_checkpoint(last).round >= config["federation"]["rounds"]:
-        return None
-    return arm
+    if not RunFolder(arm.folder).last.exists():
+        return arm
+    checkpoint = RunFolder(arm.folder).resume(settings.fingerprint(settings.load(arm.overrides)))
+    finished = checkpoint is not None and checkpoint.round >= config["federation"]["rounds"]
+    return None if finished else arm

@@ -1,4 +1,4 @@
-"""Patient-aware batches: every batch holds each patient's images in the patient's share, never more."""
+"""Patient-aware batches: every batch holds each patient's images in about the patient's share."""
 
 import math
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedssl.data.cache import Subset
+from fedssl.data.pseudonym import numbered
 
 
 def epoch_order(patients: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -63,9 +64,12 @@ class Batches:
         return max(1, math.floor(self.epochs * len(self.images) / self.size + 1e-9))
 
     def positions(self) -> Iterator[np.ndarray]:
-        """Give the positions of each batch; an epoch's incomplete rest is carried into the next epoch."""
+        """Give the positions of each batch; an epoch's incomplete rest is carried into the next epoch.
+
+        At the seam of two epochs an image can be twice in a batch.
+        """
         rng = np.random.default_rng(self.seed)
-        patients = self.images.column("patient")
+        patients = numbered(self.images.column("patient"))
         waiting = np.empty(0, np.int64)
         for _ in range(len(self)):
             if len(waiting) < self.size:

@@ -3,20 +3,22 @@
 import itertools
 import json
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import UInt16
 
 from fedssl import progress
 from fedssl.data import image
-from fedssl.data.index import build_index, fingerprint_files, reason_of, usable
+from fedssl.data.index import build_index, fingerprint_index, reason_of, usable
 from fedssl.data.pseudonym import site_secret
 from fedssl.errors import DataError
 from fedssl.storage import atomic_file, exclusive, write_json
+
+_DECODERS = ("pydicom", "pillow", "pylibjpeg", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle")
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class ImageStore:
         return np.asarray(self.table[name].to_pylist())
 
 
-def open_store(root: Path, folder: Path, *, edge: int, patient_from: str = "auto", rescan: bool = False) -> ImageStore:
+def open_store(
+    root: Path, folder: Path, *, edge: int, patient_from: str = "auto", site: str = "", rescan: bool = False
+) -> ImageStore:
     """Index and decode what is below ``root`` on first use, then map the result; later calls only map it.
 
     Args:
@@ -46,6 +50,7 @@ def open_store(root: Path, folder: Path, *, edge: int, patient_from: str = "auto
         folder: where index and cache live; it stays on the site.
         edge: pixels on a side.
         patient_from: see ``build_index``.
+        site: see ``build_index``.
         rescan: look for new and changed files again.
 
     Raises:
@@ -55,21 +60,27 @@ def open_store(root: Path, folder: Path, *, edge: int, patient_from: str = "auto
     current = folder / f"current-{edge}-{patient_from}.json"
     with exclusive(folder / ".lock"):
         if rescan or not current.exists():
-            key = _refresh(root, folder, edge, patient_from)
+            key = _refresh(root, folder, edge, patient_from, site)
             write_json(current, {"key": key}, "the index")
         key = json.loads(current.read_text())["key"]
     return load_store(folder / f"index-{key}.parquet", folder / f"pixels-{key}.npy")
 
 
-def _refresh(root: Path, folder: Path, edge: int, patient_from: str) -> str:
-    table = build_index(root, site_secret(folder), patient_from=patient_from)
-    key = fingerprint_files(table, f"edge={edge}", patient_from, "v1")
+def _refresh(root: Path, folder: Path, edge: int, patient_from: str, site: str) -> str:
+    table = build_index(root, site_secret(folder), patient_from=patient_from, site=site)
+    key = fingerprint_index(table, f"edge={edge}", patient_from, *_decoders())
     index_path, pixel_path = folder / f"index-{key}.parquet", folder / f"pixels-{key}.npy"
     if not (index_path.exists() and pixel_path.exists()):
         table = _decode(root, table, pixel_path, edge)
         with atomic_file(index_path, "the index") as stream:
             pq.write_table(table, stream)
     return key
+
+
+def _decoders() -> list[str]:
+    """Versions of what decodes: another codec may read what could not be read before."""
+    installed = {dist.name: dist.version for dist in metadata.distributions()}
+    return [f"{name}={installed.get(name, '')}" for name in _DECODERS]
 
 
 def read_index(folder: Path, *, edge: int, patient_from: str = "auto") -> pa.Table:
@@ -156,9 +167,3 @@ class Subset:
     def read(self, positions: np.ndarray) -> UInt16[np.ndarray, "batch edge edge"]:
         """Copy images out of the map by their position in this subset."""
         return self.store.pixels[self.rows[positions]]
-
-
-def count_values(subset: Subset, name: str) -> dict[str, int]:
-    """Count the values of one column."""
-    counts = pc.value_counts(pa.array(subset.column(name).tolist()))
-    return {str(entry["values"]): int(entry["counts"]) for entry in counts.to_pylist()}

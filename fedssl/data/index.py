@@ -6,21 +6,18 @@ the columns ``image`` and ``patient_id`` and, if given, ``study_id series_id mod
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.csv as pacsv
-import pyarrow.parquet as pq
 
 from fedssl import progress
 from fedssl.data import dicom, image
 from fedssl.data.pseudonym import pseudonym, public_hash
+from fedssl.data.scan import UNKNOWN_PATIENT, Found, scan
 from fedssl.errors import DataError
 
-UNKNOWN_PATIENT = ""
-_MANIFEST_COLUMNS = ("image", "patient_id")
+_FEW_SITES = 2
 
 
 @dataclass(frozen=True)
@@ -49,24 +46,14 @@ class Row:
     reason: str
 
 
-@dataclass(frozen=True)
-class _Found:
-    """A file and what the folder or the manifest says of it, before it is opened."""
-
-    path: Path
-    file: str
-    site: str
-    patient: str
-    given: dict[str, str]
-
-
-def build_index(root: Path, secret: bytes, *, patient_from: str = "auto") -> pa.Table:
+def build_index(root: Path, secret: bytes, *, patient_from: str = "auto", site: str = "") -> pa.Table:
     """Open the header of every image below ``root`` (or in the manifest ``root``).
 
     Args:
         root: a folder ``<site>/<patient>/...`` or a manifest file.
         secret: the site's key for pseudonyms (see ``fedssl.data.pseudonym``).
-        patient_from: ``auto`` (PatientID, else manifest, else folder) or ``file`` (each file is its own patient).
+        patient_from: ``auto`` (manifest, else PatientID, else folder) or ``file`` (each file is its own patient).
+        site: name of the one site that owns the folder; its layout is then ``root/<patient>/.../file``.
 
     Returns:
         One row an image, in the order of the file names; unreadable files are rows with a ``reason``.
@@ -74,7 +61,7 @@ def build_index(root: Path, secret: bytes, *, patient_from: str = "auto") -> pa.
     Raises:
         DataError: nothing was found, or no patient is known for some images.
     """
-    found = list(_from_manifest(root) if root.is_file() else _from_folder(root))
+    found = list(scan(root, site))
     if not found:
         raise DataError(
             "No image was found. fedssl looks for DICOM, PNG, JPEG and TIFF below data.root, one folder a site and one "
@@ -89,60 +76,7 @@ def build_index(root: Path, secret: bytes, *, patient_from: str = "auto") -> pa.
     return pa.Table.from_pylist([asdict(row) for row in rows])
 
 
-def _from_folder(root: Path) -> Iterator[_Found]:
-    if not root.is_dir():
-        raise DataError("data.root is neither a folder nor a manifest file. Check data.root=FOLDER.")
-    for path in sorted(path for path in root.rglob("*") if path.is_file() and not path.name.startswith(".")):
-        parts = path.relative_to(root).parts
-        if path.suffix.lower() not in image.RASTER_SUFFIXES and not _looks_like_dicom(path):
-            continue
-        site = parts[0] if len(parts) > 1 else "site"
-        patient = parts[1] if len(parts) > 2 else UNKNOWN_PATIENT
-        yield _Found(path, "/".join(parts), site, patient, {})
-
-
-def _looks_like_dicom(path: Path) -> bool:
-    """Files ending in .dcm are always taken, so that a damaged one is reported; others by their preamble."""
-    if path.suffix.lower() in {".dcm", ".dicom"}:
-        return True
-    try:
-        return path.suffix == "" and dicom.is_dicom(path)
-    except OSError:
-        return False
-
-
-def _from_manifest(path: Path) -> Iterator[_Found]:
-    table = read_table(path)
-    missing = [name for name in _MANIFEST_COLUMNS if name not in table.column_names]
-    if missing:
-        raise DataError(
-            f"The manifest lacks the column {' and '.join(missing)}; it has {', '.join(table.column_names)}. "
-            "It needs image (a path beside the manifest) and patient_id."
-        )
-    for number, record in enumerate(table.to_pylist()):
-        if record["image"] is None:
-            raise DataError(f"Row {number + 1} of the manifest has no image path. Fill or remove it.")
-        given = {key: "" if value is None else str(value) for key, value in record.items()}
-        yield _Found(
-            path.parent / given["image"], given["image"], given.get("site") or "site", given["patient_id"], given
-        )
-
-
-def read_table(path: Path) -> pa.Table:
-    """Read a CSV or Parquet table.
-
-    Raises:
-        DataError: the file is missing or is no table.
-    """
-    try:
-        return pq.read_table(path) if path.suffix == ".parquet" else pacsv.read_csv(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(
-            f"The table {path.name} cannot be read ({type(error).__name__}). Give CSV with a header line, or Parquet."
-        ) from error
-
-
-def _rows_of(item: _Found, secret: bytes, patient_from: str) -> list[Row]:
+def _rows_of(item: Found, secret: bytes, patient_from: str) -> list[Row]:
     row = Row(
         file=item.file, frame=0, site=item.site, patient="", study="", series="",
         modality=item.given.get("modality", ""), scanner=item.given.get("scanner", ""),
@@ -155,9 +89,11 @@ def _rows_of(item: _Found, secret: bytes, patient_from: str) -> list[Row]:
         if status.st_size == 0:
             raise ValueError("is empty (0 bytes)")
         header = _header(item)
+        if not 0 < header.frames <= status.st_size:
+            raise ValueError(f"is said to hold {header.frames} frames")
     except Exception as error:  # noqa: BLE001 - decoders raise anything; one bad file never stops the rest
         return [replace(row, reason=reason_of(error))]
-    patient = item.file if patient_from == "file" else header.patient or item.patient
+    patient = item.file if patient_from == "file" else item.given.get("patient_id") or header.patient or item.patient
     if not patient:
         return [replace(row, rows=header.rows, columns=header.columns)]
     row = replace(
@@ -175,7 +111,7 @@ def _rows_of(item: _Found, secret: bytes, patient_from: str) -> list[Row]:
     return [replace(row, frame=frame) for frame in range(header.frames)]
 
 
-def _header(item: _Found) -> dicom.Header:
+def _header(item: Found) -> dicom.Header:
     if dicom.is_dicom(item.path):
         return dicom.read_header(item.path)
     if item.path.suffix.lower() in {".dcm", ".dicom"}:
@@ -207,6 +143,19 @@ def _refuse_unknown_patients(rows: list[Row]) -> None:
             "the files in <site>/<patient>/ folders, give a manifest with patient_id, or, if each file truly is a new "
             "patient, say data.patient_from=file."
         )
+    _refuse_patients_as_sites(readable)
+
+
+def _refuse_patients_as_sites(readable: list[Row]) -> None:
+    """Catch the folder ``root/<patient>/file``, whose patients would be taken for sites and named in every report."""
+    patients_of: dict[str, set[str]] = {}
+    for row in readable:
+        patients_of.setdefault(row.site, set()).add(row.patient)
+    if len(patients_of) > _FEW_SITES and all(len(patients) == 1 for patients in patients_of.values()):
+        raise DataError(
+            f"Each of the {len(patients_of)} folders below data.root holds a single patient: they look like patients, "
+            "not sites. Put them below one folder a site, or give a manifest with image, patient_id and site."
+        )
 
 
 def usable(table: pa.Table) -> pa.Table:
@@ -237,11 +186,10 @@ def unreadable_reasons(table: pa.Table) -> dict[str, int]:
     return dict(Counter(reason for reason in table["reason"].to_pylist() if reason))
 
 
-def fingerprint_files(table: pa.Table, *extra: str) -> str:
-    """Hash what decides a cache's content: files, frames, sizes, times and the decoding settings."""
+def fingerprint_index(table: pa.Table, *extra: str) -> str:
+    """Hash what decides the content of a store: every column of the index and the decoding settings."""
     digest = hashlib.sha256()
-    columns: Iterable[list[object]] = [table[name].to_pylist() for name in ("file", "frame", "bytes", "modified_ns")]
-    for values in zip(*columns, strict=True):
-        digest.update(repr(values).encode())
+    for row in table.to_pylist():
+        digest.update(repr(sorted(row.items())).encode())
     digest.update("|".join(extra).encode())
     return digest.hexdigest()[:16]

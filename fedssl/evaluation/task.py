@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float, Int
 
 from fedssl import progress
 from fedssl.data.cache import ImageStore
-from fedssl.data.index import read_table
+from fedssl.data.pseudonym import numbered
+from fedssl.data.scan import read_table
 from fedssl.errors import DataError
 
 IN_DOMAIN, UNSEEN = "in domain", "unseen site"
@@ -24,7 +25,7 @@ class Task:
         rows: [images] their rows in the store.
         labels: [images] class numbers.
         classes: names of the classes by number.
-        patients: [images] pseudonyms.
+        patients: [images] numbers, the same on every machine.
         covariates: [images, extra] further columns of the label file, numbers.
         train: [images] images of training patients.
         tests: images of test patients by domain.
@@ -82,7 +83,7 @@ def make_task(
     domains = {IN_DOMAIN: test & np.isin(site, sites), UNSEEN: test & np.isin(site, unseen_sites)}
     extra = [entries[name].astype(np.float32) for name in covariates]
     task = Task(
-        rows, labels, classes.tolist(), store.column("patient")[rows],
+        rows, labels, classes.tolist(), numbered(store.column("patient"))[rows],
         np.stack(extra, 1) if extra else np.zeros((len(rows), 0), np.float32),
         ~test & np.isin(site, sites), {name: mask for name, mask in domains.items() if mask.any()},
     )  # fmt: skip
@@ -91,6 +92,10 @@ def make_task(
 
 
 def _require_two_classes(task: Task) -> None:
+    if not task.tests:
+        raise DataError(
+            "No labelled image belongs to a test patient. Raise data.test_fraction, or name data.unseen_sites."
+        )
     for name, mask in {"training patients": task.train, **task.tests}.items():
         if len(np.unique(task.labels[mask])) < 2:
             raise DataError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fedssl import progress
 from fedssl.augment import Views
 from fedssl.checkpoint import load_tensors, save_tensors
 from fedssl.data.batches import Batches
@@ -106,18 +107,27 @@ class SiteAgent:
         torch.set_num_threads(self.work.threads)
         load_shared_state(self.method, state)
         optimizer = self.make_optimizer(self.method)
-        remembered = self._state_file(run, number - 1)
-        if number > 1 and remembered.exists():
-            load_optimizer_tensors(optimizer, load_tensors(remembered)[0])
+        restarted = not self._recall(run, number - 1, optimizer)
         place = Round(self.site, number, rounds, self.work.seed, self.work.warmup)
         batches = Batches(self.images, self.work.batch_size, self.work.epochs, place.derived_seed("order"))
         device = next(self.method.parameters()).device
         autocast = autocast_for(device, self.work.precision)
         trained = train_round(self.method, optimizer, batches, self.views, place, autocast=autocast)
         self._remember(run, number, optimizer)
-        return Update(
-            self.site, shared_state(self.method), len(self.images), trained.mass, trained.usage, trained.metrics
-        )
+        metrics = trained.metrics | {"optimizer_restarted": float(restarted)}
+        return Update(self.site, shared_state(self.method), len(self.images), trained.mass, trained.usage, metrics)
+
+    def _recall(self, run: str, number: int, optimizer: Optimizer) -> bool:
+        """Load the optimiser as it was after round ``number``; False, with an alarm, if it is not there."""
+        path = self._state_file(run, number)
+        if number == 0:
+            return True
+        if not path.exists():
+            text = f"Site {self.site} lost its optimiser state of round {number}; it takes a fresh one."
+            progress.publish(progress.Note(text, alarm=True))
+            return False
+        load_optimizer_tensors(optimizer, load_tensors(path)[0])
+        return True
 
     def _state_file(self, run: str, number: int) -> Path:
         if not _RUN_NAME.fullmatch(run):  # it becomes a folder name: never trust what came by wire
@@ -129,5 +139,6 @@ class SiteAgent:
         save_tensors(self._state_file(run, number), optimizer_tensors(optimizer), {"round": number}, "the site's state")
         self._state_file(run, number - 2).unlink(missing_ok=True)
         for other in self.state_folder.iterdir():
-            if other.name != run and time.time() - other.stat().st_mtime > _FORGET_AFTER_S:
+            newest = max((path.stat().st_mtime for path in other.rglob("*")), default=0.0)
+            if other.name != run and time.time() - newest > _FORGET_AFTER_S:
                 shutil.rmtree(other, ignore_errors=True)

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from fedssl import progress, wire
 from fedssl.aggregation.mean import WeightedMean
@@ -199,6 +199,21 @@ _BROKEN = {
     ),
     "broken JSON": RecordDict({**dict(_honest("evil", 1).items()), "layout": ConfigRecord({"layout": "{"})}),
     "records of the wrong kind": RecordDict({"state": MetricRecord({"a": 1.0}), "layout": ArrayRecord({})}),
+    "a layout of the wrong shape": RecordDict(
+        {**dict(_honest("evil", 1).items()), "layout": ConfigRecord({"layout": "[]"})}
+    ),
+    "a negative size": RecordDict(
+        {**dict(_honest("evil", 1).items()), "layout": ConfigRecord({"layout": '{"float32": [["w", [-1, -7]]]}'})}
+    ),
+    "a refusal without a reason": RecordDict({"refused": ConfigRecord({"site": "evil"})}),
+    "a refusal of the wrong kind": RecordDict({"refused": MetricRecord({"a": 1.0})}),
+    "bytes that are no array": RecordDict(
+        {
+            **dict(_honest("evil", 1).items()),
+            "counts": ArrayRecord({"mass": Array("float32", (2,), "numpy.ndarray", b"PK\x03")}),
+        }
+    ),
+    "more images than there are people": _honest("evil", 1, examples=2**62),
     "a refusal": wire.write_refusal(wire.Refusal("evil", "has no images")),
     "an error of Flower": Error(0, "Traceback (most recent call last): /data/patients/MEYER^ANNA"),
 }
@@ -212,6 +227,25 @@ def test_a_broken_answer_is_refused_named_and_the_round_goes_on_with_the_rest(an
     said = [event.text for event in notes if isinstance(event, progress.Note) and event.alarm]
     assert any("Site evil" in text for text in said)
     assert not any("MEYER" in text or "/data" in text for text in said)
+
+
+@pytest.mark.parametrize(
+    "answer", [RecordDict({}), RecordDict({"refused": MetricRecord({"a": 1.0})})], ids=["empty", "odd"]
+)
+def test_a_broken_answer_to_the_roll_call_leaves_that_node_out_and_the_rest_goes_on(answer):
+    def client_app(message, context):
+        site = str(context.node_config["site"])
+        if message.metadata.message_type == "query":
+            return Message(answer if site == "evil" else wire.write_presence(site, {"images": 10}), reply_to=message)
+        return Message(_honest(site, 2), reply_to=message)
+
+    from flwr.supercore.task_identity import TaskIdentity
+
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    nodes = {number: {"site": site} for number, site in enumerate(("evil", "a", "b"), 2)}
+    plan = Plan("ab" * 8, 1, "f", 2, 1.0, 0.1)
+    result = next(run_rounds(InProcessGrid(client_app, nodes, {}), dict(_START), 0, plan, WeightedMean()))
+    assert set(result.metrics) == {"a", "b"}
 
 
 def test_too_few_good_answers_end_the_run_and_every_bad_site_is_named():
@@ -243,7 +277,9 @@ def test_an_answer_that_never_comes_is_named_after_the_deadline():
 
     def client_app(message, context):
         site = str(context.node_config["site"])
-        content = wire.write_presence(site, {}) if message.metadata.message_type == "query" else _honest(site, 1)
+        content = (
+            wire.write_presence(site, {"images": 10}) if message.metadata.message_type == "query" else _honest(site, 1)
+        )
         return Message(content, reply_to=message)
 
     from flwr.supercore.task_identity import TaskIdentity

@@ -52,7 +52,18 @@ def test_overrides_survive_the_one_string_that_flower_carries():
     assert overrides_of(as_text(overrides)) == overrides
 
 
-@pytest.mark.parametrize("target", ["os.system", "subprocess.run", "builtins.eval", "fedsslx.evil"])
+def test_a_path_may_hold_blanks_commas_and_brackets():
+    assert load(["data.root=/data/MR (2020), new's"])["data"]["root"] == "/data/MR (2020), new's"
+
+
+def test_a_target_hidden_inside_a_setting_is_refused():
+    with pytest.raises(ConfigError, match="refused"):
+        build_method(load([ROOT, "encoder=tiny", "encoder.name={_target_:os.getcwd}"]))
+
+
+@pytest.mark.parametrize(
+    "target", ["fedssl.storage.os.getcwd", "os.system", "subprocess.run", "builtins.eval", "fedsslx.evil"]
+)
 def test_only_our_own_and_torchs_optimisers_may_be_built_from_a_configuration(target):
     with pytest.raises(ConfigError, match="refused"):
         instantiate_node({"_target_": target})

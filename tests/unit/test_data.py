@@ -42,7 +42,7 @@ def _by_modality(hospitals, site, modality):
 
 
 def test_ct_is_shown_through_its_window(hospitals):
-    path = _by_modality(hospitals, "EAST", "CT")
+    path = _by_modality(hospitals, "HARBOUR", "CT")
     dataset = dcmread(path)
     houndsfield = dataset.pixel_array * float(dataset.RescaleSlope) + float(dataset.RescaleIntercept)
     expected = np.clip((houndsfield - (40 - 0.5)) / (400 - 1) + 0.5, 0, 1)  # PS3.3, C.11.2.1.2.1
@@ -100,10 +100,15 @@ def test_the_index_holds_pseudonyms_and_never_a_patient_id(hospitals, tmp_path):
     assert len(set(table["patient"].to_pylist())) == len(ids)
 
 
-def test_another_secret_gives_other_pseudonyms_but_the_same_splits(hospitals, tmp_path):
+def test_another_secret_gives_other_pseudonyms_but_the_same_splits_and_batches(hospitals, tmp_path):
     first = open_store(hospitals, tmp_path / "a", edge=16)
     second = open_store(hospitals, tmp_path / "b", edge=16)
     assert not set(first.column("patient")) & set(second.column("patient"))
+    orders = [
+        np.concatenate(list(Batches(select(s, s.column("rows") > 0), 16, 2.0, seed=1).positions()))
+        for s in (first, second)
+    ]
+    np.testing.assert_array_equal(*orders)
     masks = [mask_of_test_patients(s, test_fraction=0.3, unseen_sites=[UNSEEN_SITE]) for s in (first, second)]
     np.testing.assert_array_equal(*masks)
 
@@ -196,6 +201,37 @@ def test_a_manifest_names_patients_sites_and_labels(copied, tmp_path):
     assert set(usable(table)["site"].to_pylist()) == {"north", "south"}
     assert set(usable(table)["label"].to_pylist()) == {"0", "1"}
     assert len(open_store(copied / "manifest.csv", tmp_path / "store", edge=16)) == 16
+
+
+def test_a_folder_of_patients_is_not_taken_for_a_folder_of_sites(hospitals, tmp_path):
+    with pytest.raises(DataError, match="look like patients"):
+        build_index(hospitals / "EAST", b"x")
+    table = build_index(hospitals / "EAST", b"x", site="east")
+    assert set(table["site"].to_pylist()) == {"east"}
+    assert len(set(table["patient"].to_pylist())) > 3
+
+
+def test_a_corrected_manifest_takes_effect_though_no_image_changed(copied, tmp_path):
+    files = [str(path.relative_to(copied)) for path in sorted(copied.rglob("*.dcm"))]
+    for label in "ab":
+        lines = [f"{file},P{number % 3},{label}" for number, file in enumerate(files)]
+        (copied / "m.csv").write_text("\n".join(["image,patient_id,label", *lines]))
+        store = open_store(copied / "m.csv", tmp_path / "store", edge=16, rescan=True)
+        assert set(store.column("label")) == {label}
+        assert len(set(store.column("patient"))) == 3
+
+
+def test_an_image_listed_twice_in_a_manifest_is_refused(copied):
+    file = next(copied.rglob("*.dcm")).relative_to(copied)
+    (copied / "m.csv").write_text(f"image,patient_id\n{file},A\n{file},B\n")
+    with pytest.raises(DataError, match="more than once"):
+        build_index(copied / "m.csv", b"x")
+
+
+def test_dicom_files_named_by_their_uid_are_found(copied):
+    for number, path in enumerate(sorted(copied.rglob("*.dcm"))):
+        path.rename(path.with_name(f"1.2.840.{number}"))
+    assert usable(build_index(copied, b"x")).num_rows == 16
 
 
 def test_a_manifest_without_patients_is_refused(tmp_path):

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from fedssl import cli
 from fedssl.data.cache import open_store
 from fedssl.data.hospitals import LABEL, UNSEEN_SITE, write_hospitals
-from fedssl.data.index import read_table
+from fedssl.data.scan import read_table
 from fedssl.data.splits import test_mask as mask_of_test_patients
 from fedssl.errors import ConfigError, DataError
 from fedssl.evaluation.features import intensity_statistics, metadata, raw_pixels

@@ -40,17 +40,18 @@ def _images(batch=4, edge=40, seed=0):
 
 
 def test_a_crop_of_the_whole_image_without_rotation_or_flip_is_the_image():
-    images = _images(edge=32)
+    images = F.interpolate(_images(edge=8), size=32, mode="bilinear")
     whole = augment.random_crops(images, torch.Generator(), edge=32, area=(1.0, 1.0), rotation=0.0, flip=False)
-    width = torch.exp(torch.tensor(0.0))
-    assert width == 1
     inner = (
         slice(None),
         slice(None),
         slice(8, 24),
         slice(8, 24),
     )  # the aspect ratio squeezes one side by up to a tenth
-    assert F.cosine_similarity(whole[inner].flatten(), images[inner].flatten(), dim=0) > 0.7
+    same = torch.corrcoef(torch.stack([whole[inner].flatten(), images[inner].flatten()]))[0, 1]
+    other = torch.corrcoef(torch.stack([whole[inner].flatten(), images.flip(0)[inner].flatten()]))[0, 1]
+    assert same > 0.7
+    assert abs(other) < 0.3
 
 
 def test_a_crop_shows_the_part_of_the_image_that_its_place_says():
@@ -194,9 +195,10 @@ def test_an_optimiser_goes_on_from_its_saved_tensors_as_if_never_stopped():
 
 
 def test_rank_me_is_the_number_of_equal_directions():
-    basis = torch.eye(6, 20).repeat(30, 1)
+    basis = torch.cat([torch.eye(6, 20), -torch.eye(6, 20)]).repeat(30, 1)
     assert rank_me(basis) == pytest.approx(6, rel=1e-2)
-    assert rank_me(torch.ones(50, 1) @ torch.ones(1, 20)) == pytest.approx(1, rel=1e-2)
+    line = torch.linspace(-1, 1, 50)[:, None] @ torch.ones(1, 20)
+    assert rank_me(line + 100.0) == pytest.approx(1, rel=1e-2)
 
 
 def test_each_sign_of_collapse_is_named_and_a_healthy_run_has_none():
