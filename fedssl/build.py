@@ -90,6 +90,13 @@ def training_images(config: Config, store: ImageStore, members: Sequence[str] | 
     return select(store, ~held_out & here)
 
 
+def training_digest(config: Config, store: ImageStore) -> str:
+    """Hash which images train: a run is evaluated and resumed only with the split that it was trained with."""
+    members = [site for names in participants(config, store).values() for site in names]
+    files = sorted(training_images(config, store, members).column("file").tolist())
+    return hashlib.sha256("\n".join(files).encode()).hexdigest()
+
+
 def build_agent(config: Config, node_config: Mapping[str, Any]) -> SiteAgent:
     """Build the agent of the site that a Flower node is.
 

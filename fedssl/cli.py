@@ -63,7 +63,7 @@ def _explained(resume: str = "") -> Iterator[None]:
         raise typer.Exit(INTERRUPTED_EXIT_CODE) from error
 
 
-_RESUME = "Finished rounds are kept; the same command with resume=true goes on from there."
+_RESUME = "Finished rounds are kept; the same command with resume=true (and without overwrite=true) goes on from there."
 
 
 @app.command()

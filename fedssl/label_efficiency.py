@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fedssl import progress
-from fedssl.build import build_method, open_images, participants
+from fedssl.build import build_method, open_images, participants, training_digest
 from fedssl.checkpoint import Checkpoint, load_checkpoint
 from fedssl.config import Config
 from fedssl.data.cache import ImageStore
@@ -62,6 +62,7 @@ def evaluate_run(path: Path, labels: Path | None = None, changed: Mapping[str, A
     config["evaluation"] |= dict(changed or {})
     checkpoint = _trained(checkpoint_path)
     store = open_images(config)
+    folder.bind_images(training_digest(config, store))
     task = _task(config, store, labels)
     method = build_method(config)
     edge = config["augment"]["global_edge"]

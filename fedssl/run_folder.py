@@ -1,5 +1,6 @@
 """The folder of one run: what was asked, what happened, what came out. It is never overwritten unless told to."""
 
+import json
 import os
 import platform
 import shutil
@@ -78,6 +79,21 @@ class RunFolder:
         for path in (self.metrics, self.round_metrics):
             rewrite_jsonl(path, [row for row in read_jsonl(path) if row["round"] <= checkpoint.round])
         return checkpoint
+
+    def bind_images(self, digest: str) -> None:
+        """Remember which images trained this run, or check that they are still the same.
+
+        Raises:
+            ConfigError: files were added, removed or changed sides since: test patients may have been trained on.
+        """
+        path = self.path / "images.json"
+        if not path.exists():
+            write_json(path, {"training_images_sha256": digest}, "the run folder")
+        elif json.loads(path.read_text())["training_images_sha256"] != digest:
+            raise ConfigError(
+                f"The images of {self.path} are not those that it was trained on: files were added or "
+                "removed, and the split by patient has moved. Restore the files, or start another run with run_dir=FOLDER."
+            )
 
     def save_config(self, config: Mapping[str, Any]) -> None:
         """Keep the resolved configuration."""

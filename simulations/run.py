@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from fedssl import config as settings
 from fedssl import progress
-from fedssl.build import open_images
+from fedssl.build import open_images, training_digest
 from fedssl.config import Config
 from fedssl.errors import FederationError
 from fedssl.run_folder import RunFolder
@@ -39,20 +39,27 @@ def simulate(overrides: Sequence[str]) -> tuple[Config, list[Arm]]:
             f"{arms[0].sites} of at least {config['federation']['min_sites']} sites have images. Lower "
             "federation.min_sites, or check data.root and data.sites."
         )
+    digest = training_digest(config, store)
     for arm in arms:
-        ready = _ready(arm, config)
-        if ready is not None:
-            progress.publish(progress.Note(f"Pretraining: {arm.title}"))
+        ready = _ready(arm, config, digest)
+        if ready is None:
+            continue
+        progress.publish(progress.Note(f"Pretraining: {arm.title}"))
+        try:
             run_in_process(server_app, client_app, sites=ready.sites, overrides=settings.as_text(ready.overrides))
+        finally:
+            if RunFolder(arm.folder).last.exists():
+                RunFolder(arm.folder).bind_images(digest)
     return config, arms
 
 
-def _ready(arm: Arm, config: Config) -> Arm | None:
+def _ready(arm: Arm, config: Config, digest: str) -> Arm | None:
     """Decide how a resumed arm goes on: not at all if it is finished, from the start if it had not begun."""
     if not config["resume"] or not arm.folder.exists():
         return replace(arm, overrides=[text for text in arm.overrides if not text.startswith("resume=")])
     if not RunFolder(arm.folder).last.exists():
         return arm
+    RunFolder(arm.folder).bind_images(digest)
     checkpoint = RunFolder(arm.folder).resume(settings.fingerprint(settings.load(arm.overrides)))
     finished = checkpoint is not None and checkpoint.round >= config["federation"]["rounds"]
     return None if finished else arm

@@ -3,11 +3,14 @@
 import itertools
 import json
 import re
+import shutil
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from pydicom import dcmread
 from sklearn.linear_model import LogisticRegression
+from typer.testing import CliRunner
 
 from fedssl import cli
 from fedssl.data.cache import open_store
@@ -244,7 +247,6 @@ def test_an_encoder_that_never_trained_is_not_evaluated(evaluated):
 def test_the_exported_encoder_gives_the_same_features_in_another_program(evaluated):
     import onnxruntime
     import torch
-    from typer.testing import CliRunner
 
     from fedssl.label_efficiency import trained_method
 
@@ -255,6 +257,23 @@ def test_the_exported_encoder_gives_the_same_features_in_another_program(evaluat
     features = session.run(None, {"images": images.numpy()})[0]
     _, method = trained_method(run)
     np.testing.assert_allclose(features, method.encoder.eval()(images).detach().numpy(), atol=1e-4)
+
+
+def test_a_run_is_not_evaluated_on_a_split_that_it_was_not_trained_with(tiny, hospitals, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(hospitals, root)
+    settings = [text for text in tiny if not text.startswith("data.root")]
+    simulate([*settings, f"data.root={root}", f"run_dir={tmp_path / 'run'}"])
+    evaluate_run(tmp_path / "run")
+    for number, patient in enumerate(sorted((root / "EAST").iterdir())[:4]):
+        shutil.copytree(patient, root / "EAST" / f"NEW-{number}")
+        for path in (root / "EAST" / f"NEW-{number}").iterdir():
+            dataset = dcmread(path)
+            dataset.PatientID = f"NEW-{number}"
+            dataset.save_as(path)
+    assert CliRunner().invoke(cli.app, ["index", str(root), "data.edge=40"]).exit_code == 0
+    with pytest.raises(ConfigError, match="not those that it was trained on"):
+        evaluate_run(tmp_path / "run")
 
 
 def test_a_damaged_checkpoint_is_explained(evaluated):
