@@ -92,7 +92,7 @@ class RunFolder:
         elif json.loads(path.read_text())["training_images_sha256"] != digest:
             raise ConfigError(
                 f"The images of {self.path} are not those that it was trained on: files were added or "
-                "removed, and the split by patient has moved. Restore the files, or start another run with run_dir=FOLDER."
+                "removed, and the split by patient has moved. Restore the files, or start another run."
             )
 
     def save_config(self, config: Mapping[str, Any]) -> None:
