@@ -12,6 +12,12 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from fedssl.data.batches import ImageBatch
+from fedssl.data.cache import HOUNSFIELD_LOW, HOUNSFIELD_SPAN
+
+CT_WINDOWS = (  # centre and width in Hounsfield units: soft tissue, lung, bone, brain, mediastinum, liver
+    (40.0, 400.0), (-600.0, 1500.0), (400.0, 1800.0), (40.0, 80.0), (50.0, 350.0), (60.0, 160.0),
+)  # fmt: skip
 Images = Float[Tensor, "batch channels rows columns"]
 
 
@@ -70,6 +76,23 @@ def noise(images: Images, generator: Generator, *, sigma: float) -> Images:
     return images + level * torch.randn(images.shape, generator=generator, device=images.device)
 
 
+def clinical_window(batch: ImageBatch, generator: Generator, *, probability: float) -> Images:
+    """Show CT through its own window or, with ``probability``, through one of the windows of radiologists.
+
+    Everything that is not in Hounsfield units is left as it is. The choice is drawn for each image.
+    """
+    if batch.hounsfield is None or probability == 0.0:
+        return batch.shown()
+    count = len(batch)
+    choice = torch.randint(len(CT_WINDOWS), (count,), generator=generator, device=generator.device)
+    change = (_uniform(count, 0.0, 1.0, generator) < probability)[:, None, None, None] & batch.hounsfield
+    windows = torch.tensor(CT_WINDOWS, device=generator.device)[choice]
+    centre, half = (windows[:, 0] - HOUNSFIELD_LOW) / HOUNSFIELD_SPAN, windows[:, 1] / HOUNSFIELD_SPAN / 2.0
+    low = torch.where(change, (centre - half)[:, None, None, None], batch.low)
+    high = torch.where(change, (centre + half)[:, None, None, None], batch.high)
+    return ImageBatch(batch.values, low, high, batch.hounsfield).shown()
+
+
 @dataclass(frozen=True)
 class Views:
     """Multi-crop views (SwAV, section 3.2): ``globals`` large crops, then ``locals`` small ones.
@@ -87,6 +110,7 @@ class Views:
         contrast: strength of the contrast change.
         brightness: largest shift of the grey values.
         noise: largest standard deviation of added noise.
+        ct_windows: probability that a view of a CT image has another window than the image's own.
     """
 
     global_count: int
@@ -101,18 +125,20 @@ class Views:
     contrast: float
     brightness: float
     noise: float
+    ct_windows: float = 0.5
 
-    def __call__(self, images: Images, generator: Generator) -> list[Tensor]:
+    def __call__(self, images: ImageBatch, generator: Generator) -> list[Tensor]:
         """Make all views of a batch; each is standardised by ``standardise``."""
         globals_ = [self._view(images, generator, self.global_edge, self.global_area) for _ in range(self.global_count)]
         locals_ = [self._view(images, generator, self.local_edge, self.local_area) for _ in range(self.local_count)]
         return globals_ + locals_
 
     def _view(
-        self, images: Images, generator: Generator, edge: int, area: Sequence[float]
+        self, images: ImageBatch, generator: Generator, edge: int, area: Sequence[float]
     ) -> Float[Tensor, "batch channels edge edge"]:
         low, high = area
-        view = random_crops(images, generator, edge=edge, area=(low, high), rotation=self.rotation, flip=self.flip)
+        grey = clinical_window(images, generator, probability=self.ct_windows)
+        view = random_crops(grey, generator, edge=edge, area=(low, high), rotation=self.rotation, flip=self.flip)
         view = gamma(view, generator, strength=self.gamma)
         view = linear_intensity(view, generator, contrast=self.contrast, brightness=self.brightness)
         return standardise(noise(view, generator, sigma=self.noise))

@@ -1,6 +1,7 @@
 """From a configuration to objects: the only place where settings become arguments."""
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -8,11 +9,15 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from fedssl import progress
 from fedssl.aggregation.mean import WeightedMean
 from fedssl.augment import Views
-from fedssl.config import Config, instantiate_node
-from fedssl.data.cache import ImageStore, Subset, open_store, select
+from fedssl.config import REMOTE, Config, instantiate_node
+from fedssl.data.cache import ImageStore, Subset, select
+from fedssl.data.indexing.ingest import Decoding
+from fedssl.data.pseudonym import site_secret
 from fedssl.data.splits import test_mask
+from fedssl.data.store import Source, Store
 from fedssl.errors import ConfigError, DataError
 from fedssl.methods.base import Method
 from fedssl.site.agent import LocalWork, SiteAgent
@@ -51,17 +56,53 @@ def _make_optimizer(node: Mapping[str, Any], method: Method) -> Optimizer:
 
 def store_folder(config: Config, root: Path) -> Path:
     """Return where index and decoded images of a root live."""
-    base = Path(config["data"]["store"]) if config["data"]["store"] else cache_folder()
-    return base / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
+    return _store_base(config) / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
 
 
 def open_images(config: Config, root: Path | None = None, *, site: str = "", rescan: bool = False) -> ImageStore:
     """Open the images of a root (default: data.root), indexing and decoding them on first use."""
-    root = root or Path(config["data"]["root"])
+    store = image_store(config, root, site=site, rescan=rescan)
+    return store.open(channels=config["encoder"]["in_chans"], rescan=rescan)
+
+
+def image_store(config: Config, root: Path | None = None, *, site: str = "", rescan: bool = False) -> Store:
+    """Describe the store of a root (default: data.root); a PACS is first mirrored to the site's own disk."""
     data = config["data"]
-    return open_store(
-        root, store_folder(config, root), edge=data["edge"], patient_from=data["patient_from"], site=site, rescan=rescan
+    if root is None:
+        root = mirrored(config, refresh=rescan) if data["root"].startswith(REMOTE) else Path(data["root"])
+    decoding = Decoding(
+        data["edge"], data["burned_in"], data["workers"], data["worker_memory_gb"], data["decode_timeout_s"]
     )
+    return Store(store_folder(config, root), Source(root, site, data["patient_from"]), decoding, data["budget_gb"])
+
+
+def mirrored(config: Config, *, refresh: bool) -> Path:
+    """Pull from the PACS that data.root names, and return the folder ``<site>/<patient>/...`` of its mirror.
+
+    Args:
+        config: with data.root as ``dicomweb+https://...`` and data.filters.
+        refresh: ask the PACS again though there is a mirror.
+
+    Raises:
+        ConfigError: the address or a filter is unusable.
+        DataError: the PACS cannot be used, or nothing matches.
+    """
+    from fedssl.data.dicomweb import pull
+
+    data = config["data"]
+    address = json.dumps([data["root"], sorted(data["filters"].items())])
+    root = _store_base(config) / f"pacs-{hashlib.sha256(address.encode()).hexdigest()[:12]}"
+    mirror = root / "images" / "pacs"
+    if refresh or not mirror.exists():
+        pulled = pull(data["root"], mirror, site_secret(root), filters=data["filters"])
+        text = f"PACS: {pulled.instances} images match, {pulled.new} new, {pulled.present} were here."
+        failures = "; ".join(f"{count} x {reason}" for reason, count in pulled.failed.items())
+        progress.publish(progress.Note(text + (f" Not pulled: {failures}" if failures else "")))
+    return mirror.parent
+
+
+def _store_base(config: Config) -> Path:
+    return Path(config["data"]["store"]) if config["data"]["store"] else cache_folder()
 
 
 def participants(config: Config, store: ImageStore) -> dict[str, list[str]]:
@@ -93,8 +134,8 @@ def training_images(config: Config, store: ImageStore, members: Sequence[str] | 
 def training_digest(config: Config, store: ImageStore) -> str:
     """Hash which images train: a run is evaluated and resumed only with the split that it was trained with."""
     members = [site for names in participants(config, store).values() for site in names]
-    files = sorted(training_images(config, store, members).column("file").tolist())
-    return hashlib.sha256("\n".join(files).encode()).hexdigest()
+    digests = sorted(training_images(config, store, members).column("digest").tolist())
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def build_agent(config: Config, node_config: Mapping[str, Any]) -> SiteAgent:

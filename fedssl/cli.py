@@ -4,15 +4,14 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from fedssl.errors import INTERRUPTED_EXIT_CODE, ConfigError, FedsslError
+from fedssl.printing import Format, print_headline, print_index, print_json, print_line, print_table
 from fedssl.storage import cache_folder
 
 app = typer.Typer(
@@ -24,7 +23,6 @@ app = typer.Typer(
     "Start with `fedssl demo`, then point `fedssl simulate data.root=FOLDER` at your own images.\n\n"
     "Exit codes: 0 done, 1 unforeseen, 2 configuration, 3 data, 4 federation, 5 disk, 130 interrupted.",
 )
-_out = Console()
 _err = Console(stderr=True)
 Overrides = Annotated[
     list[str] | None,
@@ -32,13 +30,6 @@ Overrides = Annotated[
         help="key=value settings, e.g. federation.rounds=10 (all: configs/config.yaml)", metavar="[KEY=VALUE]..."
     ),
 ]
-
-
-class Format(StrEnum):
-    """How a verb prints its result."""
-
-    TEXT = "text"
-    JSON = "json"
 
 
 FormatOption = Annotated[Format, typer.Option("--format", help="Print for people, or as JSON for programs.")]
@@ -85,28 +76,37 @@ def demo(
 
 @app.command()
 def index(
-    root: Annotated[Path, typer.Argument(help="Folder <site>/<patient>/... of images, or a manifest (CSV, Parquet).")],
+    root: Annotated[
+        str, typer.Argument(help="Folder <site>/<patient>/..., manifest (CSV, Parquet), or dicomweb+https://HOST/PATH.")
+    ],
     overrides: Overrides = None,
+    verify: Annotated[bool, typer.Option(help="Compare all decoded images with their checksums; repair.")] = False,
     output: FormatOption = Format.TEXT,
 ) -> None:
-    """Look at what is below ROOT: patients, images and unreadable files by site. Decodes the images once."""
-    with _explained():
-        from fedssl.build import open_images, store_folder
-        from fedssl.config import load
-        from fedssl.data.cache import read_index
-        from fedssl.data.index import summarise, unreadable_reasons
+    """Look at what is below ROOT and decode what is new; a second run touches only new and changed files.
 
-        config = load([f"data.root={root}", *(overrides or [])])
-        open_images(config, rescan=True)
-        data = config["data"]
-        table = read_index(store_folder(config, root), edge=data["edge"], patient_from=data["patient_from"])
-        sites, reasons = summarise(table), unreadable_reasons(table)
+    Prints patients, images and unreadable files by site, and writes a contact sheet that stays at the site.
+
+    fedssl index /export/from/pacs data.burned_in=mask
+
+    fedssl index dicomweb+https://pacs.hospital/dicom-web 'data.filters={Modality: CT}'
+    """
+    with _explained():
+        from fedssl.build import image_store
+        from fedssl.config import load
+        from fedssl.data.contact_sheet import write_contact_sheet
+
+        store = image_store(load([f"data.root={root}", *(overrides or [])]), rescan=True)
+        images = store.open(rescan=True, verify=verify)
+        summary = store.summary()
+        sheet = write_contact_sheet(store.snapshot(), images, summary)
     if output is Format.JSON:
-        _print_json({"sites": sites, "unreadable": reasons})
+        print_json(summary)
         return
-    _print_table(sites)
-    for reason, count in reasons.items():
-        _out.print(f"{count} x unreadable: {reason}", markup=False)
+    print_index(summary)
+    print_line(f"Contact sheet (keep it at the site): {sheet}")
+    if summary["unreadable"]:
+        print_line(f"Unusable files by name (keep it at the site): {sheet.with_name('unreadable.csv')}")
 
 
 @app.command()
@@ -137,7 +137,7 @@ def _simulate(overrides: list[str]) -> None:
     run(overrides)
     folder = Path(config["run_dir"])
     if labelled:
-        _print_headline(evaluate_run(folder))
+        print_headline(evaluate_run(folder))
     _write_report(folder)
 
 
@@ -161,9 +161,9 @@ def evaluate(
 
         results = evaluate_run(run, labels, {"label": label} if label else None)
         if output is Format.JSON:
-            _print_json(results)
+            print_json(results)
             return
-        _print_headline(results)
+        print_headline(results)
         _write_report(resolve_run(run)[0].path)
 
 
@@ -184,7 +184,7 @@ def export(run: Annotated[Path, typer.Argument(help="A run folder, or a checkpoi
         config, method = trained_method(run)
         path = resolve_run(run)[0].path / "exported" / "encoder.onnx"
         export_onnx(path, method.encoder, in_chans=config["encoder"]["in_chans"], edge=config["augment"]["global_edge"])
-        _out.print(f"Encoder: {path}", markup=False, highlight=False)
+        print_line(f"Encoder: {path}")
 
 
 @app.command()
@@ -194,9 +194,9 @@ def doctor(output: FormatOption = Format.TEXT) -> None:
 
     checks = examine(cache_folder(), Path(__file__).resolve().parents[1] / "configs")
     if output is Format.JSON:
-        _print_json([asdict(check) for check in checks])
+        print_json([asdict(check) for check in checks])
     else:
-        _print_table([asdict(check) for check in checks])
+        print_table([asdict(check) for check in checks])
     if any(check.state == "fail" for check in checks):
         raise typer.Exit(ConfigError.exit_code)
 
@@ -219,27 +219,7 @@ def _write_report(folder: Path) -> None:
         sheet=folder / SHEET,
         environment=json.loads((folder / "environment.json").read_text()),
     )
-    _out.print(f"Report: {path}", markup=False, highlight=False)
-
-
-def _print_headline(results: dict[str, Any]) -> None:
-    from fedssl.evaluation.report import headline
-
-    for sentence in headline(results):
-        _out.print(sentence, markup=False, highlight=False, soft_wrap=True)
-    if results["synthetic"]:
-        _out.print("Synthetic images: these figures say nothing about real patients.", markup=False)
-
-
-def _print_table(rows: list[dict[str, Any]]) -> None:
-    table = Table(*rows[0], box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    _out.print(table, markup=False)
-
-
-def _print_json(value: Any) -> None:  # noqa: ANN401 - whatever JSON can hold
-    typer.echo(json.dumps(value, indent=2))
+    print_line(f"Report: {path}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from fedssl import __version__
 from fedssl.errors import ConfigError
 
 Config = dict[str, Any]
+REMOTE = "dicomweb+"  # the start of a root that is a PACS and no folder
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "configs"
 ALLOWED_TARGETS = ("fedssl.", "torch.optim.")
 _PATHS = (("data", "root"), ("data", "store"), ("evaluation", "labels"))  # made absolute: runs are read from anywhere
@@ -23,6 +24,7 @@ _SHARED_SECTIONS = ("seed", "encoder", "method", "augment", "optim", "aggregatio
 _SHARED_KEYS = (
     "training.batch_size", "training.local_epochs", "training.precision", "federation.rounds", "simulation.pool",
     "data.edge", "data.patient_from", "data.sites", "data.unseen_sites", "data.test_fraction",
+    "data.burned_in",
 )  # fmt: skip
 
 
@@ -57,7 +59,7 @@ def load(overrides: Sequence[str]) -> Config:
     plain: Config = {str(key): value for key, value in config.items()}
     _check(plain)
     for section, key in _PATHS:
-        if plain[section][key]:
+        if plain[section][key] and not plain[section][key].startswith(REMOTE):
             plain[section][key] = str(Path(plain[section][key]).absolute())
     return plain
 
@@ -124,6 +126,7 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
 def _check(config: Config) -> None:
     """Report every impossible value at once."""
     training, federation, evaluation = config["training"], config["federation"], config["evaluation"]
+    data = config["data"]
     rules = [
         (_whole(training["batch_size"], 2), "training.batch_size must be a whole number of at least 2"),
         (_positive(training["local_epochs"]), "training.local_epochs must be above 0"),
@@ -132,8 +135,15 @@ def _check(config: Config) -> None:
         (_whole(federation["rounds"], 1), "federation.rounds must be a whole number of at least 1"),
         (_whole(federation["min_sites"], 1), "federation.min_sites must be a whole number of at least 1"),
         (_positive(federation["deadline_s"]), "federation.deadline_s must be above 0"),
-        (_share(config["data"]["test_fraction"]), "data.test_fraction must be at least 0 and below 1"),
-        (_whole(config["data"]["edge"], 8), "data.edge must be a whole number of at least 8"),
+        (_share(data["test_fraction"]), "data.test_fraction must be at least 0 and below 1"),
+        (_whole(data["edge"], 8), "data.edge must be a whole number of at least 8"),
+        (data["burned_in"] in {"refuse", "mask", "allow"}, "data.burned_in must be refuse, mask or allow"),
+        (_whole(data["workers"], 0), "data.workers must be a whole number, 0 for all cores"),
+        (_positive(data["worker_memory_gb"]), "data.worker_memory_gb must be above 0"),
+        (_positive(data["decode_timeout_s"]), "data.decode_timeout_s must be above 0"),
+        (data["budget_gb"] is None or _positive(data["budget_gb"]), "data.budget_gb must be null or above 0"),
+        (data["patient_from"] in {"auto", "file"}, "data.patient_from must be auto or file"),
+        (_share(config["augment"]["ct_windows"], top=True), "augment.ct_windows must lie between 0 and 1"),
         (_whole(evaluation["seeds"], 1), "evaluation.seeds must be a whole number of at least 1"),
         (_whole(evaluation["bootstrap"], 10), "evaluation.bootstrap must be a whole number of at least 10"),
         (_whole(config["augment"]["global_count"], 2), "augment.global_count must be at least 2: views are compared"),
@@ -152,8 +162,8 @@ def _whole(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _share(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
+def _share(value: object, *, top: bool = False) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and (0 <= value < 1 or (top and value == 1))
 
 
 def _positive(value: object) -> bool:

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,6 +40,40 @@ def atomic_file(path: Path, what: str) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, what: str) -> Iterator[Path]:
+    """Give a temporary folder beside ``path`` that takes its name, flushed, when the block ends without an error.
+
+    Args:
+        path: the folder to make; it must not exist.
+        what: the thing in words, for the error.
+
+    Raises:
+        StorageError: the disk is full, a quota is spent, or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in [*temporary.iterdir(), temporary]:
+            _flush(file)
+        temporary.rename(path)
+        _flush(path.parent)
+    except OSError as error:
+        raise _explained(error, what) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _explained(error: OSError, what: str) -> StorageError:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from fedssl import progress
 from fedssl.augment import Views, centre_view
 from fedssl.collapse import rank_me
-from fedssl.data.batches import Batches, as_images
+from fedssl.data.batches import Batches, ImageBatch, image_batch
 from fedssl.errors import FederationError
 from fedssl.methods.base import Loss, Method
 from fedssl.optim import set_rate, warmup_cosine
@@ -65,7 +65,7 @@ class _Clock:
         self.waited = 0.0
         self.noticed = 0.0
 
-    def wait_for(self, batches: Batches) -> Iterator[Tensor]:
+    def wait_for(self, batches: Batches) -> Iterator[ImageBatch]:
         """Give the batches and count the time until each one is there."""
         stream = iter(batches)
         while True:
@@ -110,7 +110,7 @@ def train_round(
     for step, images in enumerate(clock.wait_for(batches)):
         set_rate(optimizer, warmup_cosine((place.number - 1 + step / steps) / place.rounds, warmup=place.warmup))
         with torch.no_grad():
-            crops = views(images.to(device, non_blocking=True), generator)
+            crops = views(images.to(device), generator)
         with autocast():
             loss = method.loss(crops)
         optimizer.zero_grad(set_to_none=True)
@@ -175,7 +175,7 @@ def _sample_features(method: Method, batches: Batches, edge: int, place: Round) 
     device = next(method.parameters()).device
     count = min(RANKME_SAMPLES, len(batches.images))
     order = torch.randperm(len(batches.images), generator=torch.Generator().manual_seed(place.derived_seed("rankme")))
-    images = as_images(batches.images.read(order[:count].sort().values.numpy()))
+    images = image_batch(batches.images.read(order[:count].sort().values.numpy())).shown()
     method.eval()
     features = [method.encoder(centre_view(chunk.to(device), edge=edge)) for chunk in images.split(128)]
     return torch.cat(features).float().cpu()

@@ -11,17 +11,19 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 from flwr.app import Context, Message
 from flwr.supercore.task_identity import TaskIdentity
+from PIL import Image
 
 from fedssl import wire
 from fedssl.aggregation.mean import WeightedMean
 from fedssl.build import build_method, build_views, optimizer_maker
 from fedssl.config import Config, load
 from fedssl.data.batches import Batches
-from fedssl.data.cache import ImageStore, Subset
+from fedssl.data.cache import Subset
+from fedssl.data.indexing.ingest import Decoding
+from fedssl.data.store import Source, Store
 from fedssl.training import Round, autocast_for, train_round
 from fedssl.update import Update, shared_state
 from server.rounds import Plan, run_rounds
@@ -53,10 +55,13 @@ def _step_ratios(config: Config) -> list[float]:
 
 
 def _random_images(folder: Path, edge: int) -> Subset:
-    pixels = np.random.default_rng(0).integers(0, 65535, (_IMAGES, edge, edge), dtype=np.uint16)
-    np.save(folder / "pixels.npy", pixels)
-    table = pa.table({"patient": [f"p{number // 4}" for number in range(_IMAGES)]})
-    return Subset(ImageStore(table, np.load(folder / "pixels.npy", mmap_mode="r")), np.arange(_IMAGES))
+    rng = np.random.default_rng(0)
+    for number in range(_IMAGES):
+        path = folder / "images" / f"p{number // 4}" / f"{number:05d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (edge, edge), dtype=np.uint8)).save(path, compress_level=1)
+    store = Store(folder / "store", Source(folder / "images", site="bench"), Decoding(edge)).open()
+    return Subset(store, np.arange(_IMAGES))
 
 
 def _fedssl(config: Config, batches: Batches) -> float:

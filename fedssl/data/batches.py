@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fedssl.data.cache import Subset
+from fedssl.data.cache import Pixels, Subset
 from fedssl.data.pseudonym import numbered
 
 
@@ -36,6 +36,46 @@ def epoch_order(patients: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     within = np.arange(len(patients)) - starts
     keys[grouped] = (within + rng.random(len(counts))[owner[grouped]]) / counts[owner[grouped]]
     return shuffled[np.argsort(keys, kind="stable")]
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images on a device, with what is needed to show them.
+
+    Attributes:
+        values: [batch, channels, edge, edge]; Hounsfield units as (HU + 1024) / 4096, all else from 0 to 1.
+        low: [batch, 1, 1, 1] the value shown as black.
+        high: [batch, 1, 1, 1] the value shown as white.
+        hounsfield: [batch, 1, 1, 1] the image is CT in Hounsfield units; None where none of the batch is.
+    """
+
+    values: Float[Tensor, "batch channels edge edge"]
+    low: Float[Tensor, "batch 1 1 1"]
+    high: Float[Tensor, "batch 1 1 1"]
+    hounsfield: Bool[Tensor, "batch 1 1 1"] | None
+
+    def __len__(self) -> int:
+        """Count the images."""
+        return len(self.values)
+
+    def to(self, device: torch.device) -> "ImageBatch":
+        """Copy to a device."""
+        low, high = self.low.to(device, non_blocking=True), self.high.to(device, non_blocking=True)
+        mask = None if self.hounsfield is None else self.hounsfield.to(device, non_blocking=True)
+        return ImageBatch(self.values.to(device, non_blocking=True), low, high, mask)
+
+    def shown(self) -> Float[Tensor, "batch channels edge edge"]:
+        """Values from 0 to 1 as on a screen."""
+        if self.hounsfield is None:
+            return self.values
+        return ((self.values - self.low) / (self.high - self.low)).clamp(0.0, 1.0)
+
+
+def image_batch(pixels: Pixels) -> ImageBatch:
+    """Turn numbers from the cache into a batch."""
+    low, high = (torch.from_numpy(limit)[:, None, None, None] for limit in (pixels.low, pixels.high))
+    mask = torch.from_numpy(pixels.hounsfield)[:, None, None, None] if pixels.hounsfield.any() else None
+    return ImageBatch(torch.from_numpy(pixels.values), low, high, mask)
 
 
 @dataclass(frozen=True)
@@ -77,19 +117,14 @@ class Batches:
             yield waiting[: self.size]
             waiting = waiting[self.size :]
 
-    def __iter__(self) -> Iterator[Float[Tensor, "batch 1 edge edge"]]:
-        """Give batches of grey images from 0 to 1; the next one is read while the last one is used."""
+    def __iter__(self) -> Iterator[ImageBatch]:
+        """Give batches of images; the next one is read while the last one is used."""
         with ThreadPoolExecutor(1, thread_name_prefix="read-images") as reader:
             pending = None
             for positions in self.positions():
                 upcoming = reader.submit(self.images.read, positions)
                 if pending is not None:
-                    yield as_images(pending.result())
+                    yield image_batch(pending.result())
                 pending = upcoming
             if pending is not None:
-                yield as_images(pending.result())
-
-
-def as_images(pixels: np.ndarray) -> Float[Tensor, "batch 1 edge edge"]:
-    """Turn 16-bit pixels [batch, edge, edge] into grey values from 0 to 1 with a channel axis."""
-    return torch.from_numpy(pixels.astype(np.float32)).div_(65535.0).unsqueeze(1)
+                yield image_batch(pending.result())

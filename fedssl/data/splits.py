@@ -12,17 +12,18 @@ def test_mask(store: ImageStore, *, test_fraction: float, unseen_sites: list[str
 
     In every site the patients are ranked by the 16-bit hash that the index keeps of them (ties by their place in the
     index) and the first ``test_fraction`` are held out, at least one where the site has two. Every patient of an
-    unseen site is a test patient. The outcome is the same on every machine.
+    unseen site is a test patient. Patients that share images (``group`` of the index) count as one, also across sites.
+    The outcome is the same on every machine.
     """
-    sites, patients, shuffles = store.column("site"), store.column("patient"), store.column("shuffle")
-    held_out: set[str] = set()
+    sites, patients, shuffles = store.column("site"), store.column("group"), store.column("shuffle")
+    held_out: set[int] = set()
     for site in np.unique(sites):
         here = np.flatnonzero(sites == site)
         first = np.sort(np.unique(patients[here], return_index=True)[1])
         ranked = sorted(here[first], key=lambda row: int(shuffles[row]))
         count = len(ranked) if site in unseen_sites else _held_out_count(len(ranked), test_fraction)
-        held_out.update(patients[row] for row in ranked[:count])
-    return np.array([patient in held_out for patient in patients])
+        held_out.update(int(patients[row]) for row in ranked[:count])
+    return np.isin(patients, sorted(held_out))
 
 
 def _held_out_count(patients: int, fraction: float) -> int:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fedssl import progress
 from fedssl.augment import centre_view
-from fedssl.data.batches import as_images
+from fedssl.data.batches import image_batch
 from fedssl.data.cache import ImageStore
 
 _CHUNK = 128
@@ -31,7 +31,7 @@ def embed(encoder: nn.Module, store: ImageStore, rows: np.ndarray, *, edge: int)
     encoder.eval()
     parts = []
     for start in range(0, len(rows), _CHUNK):
-        images = as_images(store.pixels[rows[start : start + _CHUNK]]).to(device)
+        images = image_batch(store.read(rows[start : start + _CHUNK])).shown().to(device)
         parts.append(encoder(centre_view(images, edge=edge)).float().cpu())
         progress.publish(progress.Done("embedding images", min(start + _CHUNK, len(rows)), len(rows)))
     return torch.cat(parts).numpy()
@@ -46,13 +46,22 @@ def raw_pixels(store: ImageStore, rows: np.ndarray, fit_on: np.ndarray) -> Float
 
 
 def _small(store: ImageStore, rows: np.ndarray) -> Float[np.ndarray, "images pixels"]:
-    images = as_images(store.pixels[rows])
+    """Chunk by chunk, so that a large set is never whole in memory at its full size."""
+    return np.concatenate([_shrunk(store, rows[start : start + _CHUNK]) for start in range(0, len(rows), _CHUNK)])
+
+
+def _shrunk(store: ImageStore, rows: np.ndarray) -> Float[np.ndarray, "images pixels"]:
+    images = image_batch(store.read(rows)).shown()
     return F.interpolate(images, size=_PIXEL_EDGE, mode="bilinear", antialias=True).flatten(1).numpy()
 
 
 def intensity_statistics(store: ImageStore, rows: np.ndarray) -> Float[np.ndarray, "images width"]:
     """Mean, standard deviation, share of black and five percentiles of each image's grey values."""
-    pixels = store.pixels[rows].reshape(len(rows), -1).astype(np.float32) / 65535.0
+    return np.concatenate([_statistics(store, rows[start : start + _CHUNK]) for start in range(0, len(rows), _CHUNK)])
+
+
+def _statistics(store: ImageStore, rows: np.ndarray) -> Float[np.ndarray, "images width"]:
+    pixels = store.read(rows).shown().reshape(len(rows), -1)
     moments = np.stack([pixels.mean(1), pixels.std(1), (pixels <= 0).mean(1)], 1)
     return np.concatenate([moments, np.percentile(pixels, [5, 25, 50, 75, 95], axis=1).T], 1).astype(np.float32)
 
@@ -66,16 +75,6 @@ def metadata(
         values = store.column(name)[rows]
         columns.append((values[:, None] == np.unique(values)[None, :]).astype(np.float32))
     columns += [store.column(name)[rows, None].astype(np.float32) for name in ("rows", "columns")]
-    columns.append(_place_in_series(store)[rows, None])
+    length = np.maximum(store.column("series_length")[rows] - 1, 1)
+    columns.append((store.column("order")[rows] / length)[:, None].astype(np.float32))
     return np.concatenate(columns, 1).astype(np.float32)
-
-
-def _place_in_series(store: ImageStore) -> Float[np.ndarray, " images"]:
-    """Rank of each image in its series by instance number and frame, from 0 to 1."""
-    series = np.unique(store.column("series"), return_inverse=True)[1]
-    order = np.lexsort([store.column("frame"), store.column("instance"), series])
-    counts = np.bincount(series)
-    starts = np.repeat(np.cumsum(counts) - counts, counts)
-    place = np.empty(len(series), np.float32)
-    place[order] = (np.arange(len(series)) - starts) / np.maximum(np.repeat(counts, counts) - 1, 1)
-    return place

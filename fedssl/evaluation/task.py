@@ -10,11 +10,12 @@ from jaxtyping import Bool, Float, Int
 
 from fedssl import progress
 from fedssl.data.cache import ImageStore
+from fedssl.data.indexing.scan import read_table
 from fedssl.data.pseudonym import numbered
-from fedssl.data.scan import read_table
 from fedssl.errors import DataError
 
 IN_DOMAIN, UNSEEN = "in domain", "unseen site"
+_OWN_NAMES = "(image)"  # of a table made from the index: its files have no other name there
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,16 @@ def _require_two_classes(task: Task) -> None:
 
 
 def _join(store: ImageStore, table: pa.Table, columns: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    missing = [name for name in ["file", *columns] if name not in table.column_names]
+    own = _OWN_NAMES in table.column_names
+    missing = [name for name in [_OWN_NAMES if own else "file", *columns] if name not in table.column_names]
     if missing:
         raise DataError(
             f"The label table lacks the column {', '.join(missing)}; it has {', '.join(table.column_names)}. It needs "
             "`file` (path below data.root) and the columns named in evaluation.label, .where and .covariates."
         )
-    place = {str(file): number for number, file in enumerate(table["file"].to_pylist())}
-    found = [(row, place[file]) for row, file in enumerate(store.column("file").tolist()) if file in place]
+    names = table[_OWN_NAMES].to_pylist() if own else store.names_of([str(file) for file in table["file"].to_pylist()])
+    place = {name: number for number, name in enumerate(names)}
+    found = [(row, place[name]) for row, name in enumerate(store.column("image").tolist()) if name in place]
     if not found:
         raise DataError(
             f"None of the {table.num_rows} labels belongs to an image. The column `file` must hold the path below "
@@ -133,7 +136,7 @@ def label_table(store: ImageStore, path: Path | None) -> pa.Table:
     """Read the label file, or take the labels that the index holds."""
     if path is not None:
         return read_table(path)
-    return store.table.select(["file", "label"])
+    return pa.table({_OWN_NAMES: store.column("image"), "label": store.column("label")})
 
 
 def nested_label_subsets(

@@ -53,7 +53,12 @@ def test_index_counts_patients_images_and_reasons(png_site):
     result = _run("index", png_site, "--format", "json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert found["sites"] == [{"site": "A", "patients": 3, "images": 12, "unreadable": 1, "modalities": "unknown"}]
+    assert found["sites"] == [
+        {
+            "site": "A", "patients": 3, "studies": 3, "series": 3, "files": 13, "images": 12, "unreadable": 1,
+            "modalities": "unknown",
+        }
+    ]  # fmt: skip
     assert found["unreadable"] == {"is empty (0 bytes)": 1}
 
 

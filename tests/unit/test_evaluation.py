@@ -13,10 +13,11 @@ from sklearn.linear_model import LogisticRegression
 from typer.testing import CliRunner
 
 from fedssl import cli
-from fedssl.data.cache import open_store
 from fedssl.data.hospitals import LABEL, UNSEEN_SITE, write_hospitals
-from fedssl.data.scan import read_table
+from fedssl.data.indexing.ingest import Decoding
+from fedssl.data.indexing.scan import read_table
 from fedssl.data.splits import test_mask as mask_of_test_patients
+from fedssl.data.store import Source, Store
 from fedssl.errors import ConfigError, DataError
 from fedssl.evaluation.features import intensity_statistics, metadata, raw_pixels
 from fedssl.evaluation.probe import linear_probe, nearest_neighbours
@@ -30,7 +31,7 @@ SITES = ["EAST", "HARBOUR", "SOUTH", "WEST"]
 
 
 def _task(root, folder, table=None, **changed):
-    store = open_store(root, folder, edge=32)
+    store = Store(folder, Source(root), Decoding(32)).open()
     held_out = mask_of_test_patients(store, test_fraction=0.3, unseen_sites=[UNSEEN_SITE])
     plain = {"label": LABEL, "where": {}, "covariates": [], "sites": SITES, "unseen_sites": [UNSEEN_SITE]}
     table = read_table(root / "labels.csv") if table is None else table
@@ -91,9 +92,10 @@ def test_no_labelled_training_patient_is_tested(hospitals, tmp_path):
 def test_a_range_keeps_only_the_rows_inside_it(hospitals, tmp_path):
     _, whole = _task(hospitals, tmp_path)
     store, part = _task(hospitals, tmp_path, where={"position": [2, 5]})
-    table = {row["file"]: row["position"] for row in read_table(hospitals / "labels.csv").to_pylist()}
+    rows = read_table(hospitals / "labels.csv").to_pylist()
+    table = dict(zip(store.names_of([row["file"] for row in rows]), (row["position"] for row in rows), strict=True))
     assert 0 < len(part.rows) < len(whole.rows)
-    assert all(2 <= table[file] <= 5 for file in store.column("file")[part.rows])
+    assert all(2 <= table[image] <= 5 for image in store.column("image")[part.rows].tolist())
 
 
 @pytest.mark.parametrize(

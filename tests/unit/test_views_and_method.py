@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from fedssl import augment
 from fedssl.augment import Views
 from fedssl.collapse import diagnose, rank_me
+from fedssl.data.batches import ImageBatch
 from fedssl.encoders import build_encoder
 from fedssl.errors import ConfigError, UpdateRefused
 from fedssl.methods.contrastive_clustering import ContrastiveClustering
@@ -33,6 +34,11 @@ def _views(**changed):
         "rotation": 15.0, "flip": True, "gamma": 0.4, "contrast": 0.4, "brightness": 0.1, "noise": 0.05,
     }  # fmt: skip
     return Views(**(plain | changed))
+
+
+def _batch(images, low=0.0, high=1.0, hounsfield=None):
+    limits = [torch.full((len(images), 1, 1, 1), value) for value in (low, high)]
+    return ImageBatch(images, *limits, hounsfield)
 
 
 def _images(batch=4, edge=40, seed=0):
@@ -89,14 +95,37 @@ def test_an_intensity_change_of_strength_zero_is_the_identity(change):
     torch.testing.assert_close(change(images, torch.Generator()), images, rtol=0, atol=1e-6)
 
 
+def test_ct_is_shown_through_its_own_window_when_no_other_is_drawn():
+    units = torch.linspace(-1024, 1024, 64).expand(4, 1, 64, 64)
+    batch = _batch((units + 1024) / 4096, low=(-160 + 1024) / 4096, high=(240 + 1024) / 4096, hounsfield=_all_ct(4))
+    shown = augment.clinical_window(batch, torch.Generator().manual_seed(0), probability=0.0)
+    torch.testing.assert_close(shown, ((units + 160) / 400).clamp(0, 1), atol=1e-4, rtol=0)
+
+
+def test_a_drawn_window_is_one_of_the_clinical_ones_and_leaves_other_images_alone():
+    units = torch.linspace(-1024, 3071, 256).reshape(1, 1, 16, 16).expand(64, 1, 16, 16)
+    is_ct = torch.arange(64)[:, None, None, None] % 2 == 0
+    values = torch.where(is_ct, (units + 1024) / 4096, torch.rand(64, 1, 16, 16))
+    shown = augment.clinical_window(_batch(values, hounsfield=is_ct), torch.Generator().manual_seed(0), probability=1.0)
+    torch.testing.assert_close(shown[1::2], values[1::2])
+    expected = torch.stack([((units[0] - (c - w / 2)) / w).clamp(0, 1) for c, w in augment.CT_WINDOWS])
+    distance = (shown[::2, None] - expected[None]).abs().amax((2, 3, 4))
+    assert (distance.min(1).values < 1e-3).all()
+    assert len(set(distance.argmin(1).tolist())) == len(augment.CT_WINDOWS)
+
+
+def _all_ct(count):
+    return torch.ones(count, 1, 1, 1, dtype=torch.bool)
+
+
 def test_a_constant_image_stays_finite_through_all_views():
     for value in (0.0, 0.5, 1.0):
-        for view in _views()(torch.full((3, 1, 40, 40), value), torch.Generator().manual_seed(0)):
+        for view in _views()(_batch(torch.full((3, 1, 40, 40), value)), torch.Generator().manual_seed(0)):
             assert torch.isfinite(view).all()
 
 
 def test_views_are_equal_for_a_seed_and_have_the_sizes_asked_for():
-    first, second = (_views()(_images(), torch.Generator().manual_seed(7)) for _ in range(2))
+    first, second = (_views()(_batch(_images()), torch.Generator().manual_seed(7)) for _ in range(2))
     assert [view.shape[-1] for view in first] == [32, 32, 16]
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not torch.equal(first[0], first[1])
@@ -106,7 +135,7 @@ def test_views_of_an_image_do_not_depend_on_its_neighbours_in_the_batch():
     images = _images()
     changed = images.clone()
     changed[1:] = 0
-    first, second = (_views()(batch, torch.Generator().manual_seed(7)) for batch in (images, changed))
+    first, second = (_views()(_batch(batch), torch.Generator().manual_seed(7)) for batch in (images, changed))
     torch.testing.assert_close(first[0][0], second[0][0])
 
 
@@ -155,7 +184,7 @@ def test_shared_state_round_trips():
 
 
 def test_the_loss_is_the_weighted_sum_of_its_named_terms():
-    views = _views()(_images(8), torch.Generator().manual_seed(0))
+    views = _views()(_batch(_images(8)), torch.Generator().manual_seed(0))
     loss = _method(contrastive_weight=0.5, clustering_weight=2.0).loss(views)
     expected = 0.5 * loss.terms["contrastive"] + 2.0 * loss.terms["clustering"]
     torch.testing.assert_close(loss.total.detach(), expected)
@@ -166,7 +195,7 @@ def test_the_loss_is_the_weighted_sum_of_its_named_terms():
 def test_prototypes_have_length_one_after_every_step():
     method = _method()
     optimizer = adamw(method, lr=0.1, weight_decay=0.1)
-    method.loss(_views()(_images(8), torch.Generator().manual_seed(0))).total.backward()
+    method.loss(_views()(_batch(_images(8)), torch.Generator().manual_seed(0))).total.backward()
     optimizer.step()
     assert not torch.allclose(method.prototypes.norm(dim=1), torch.ones(8), atol=1e-4)
     method.after_step()
@@ -177,7 +206,7 @@ def test_an_optimiser_goes_on_from_its_saved_tensors_as_if_never_stopped():
     def steps(method, optimizer, count, start):
         for step in range(start, start + count):
             optimizer.zero_grad()
-            method.loss(_views()(_images(8, seed=step), torch.Generator().manual_seed(step))).total.backward()
+            method.loss(_views()(_batch(_images(8, seed=step)), torch.Generator().manual_seed(step))).total.backward()
             optimizer.step()
 
     whole = _method()
@@ -254,7 +283,7 @@ def test_a_good_update_passes():
 def test_mixed_precision_gives_finite_losses_on_the_cpu():
     method = _method()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = method.loss(_views()(_images(8), torch.Generator().manual_seed(0)))
+        loss = method.loss(_views()(_batch(_images(8)), torch.Generator().manual_seed(0)))
     assert loss.total.dtype == torch.float32
     loss.total.backward()
     assert all(torch.isfinite(p.grad).all() for p in method.parameters())

@@ -1,0 +1,1 @@
+"""Files of any kind -> pictures -> records: in processes that may die."""

@@ -1,0 +1,156 @@
+"""What the stored values of one DICOM frame mean: modality and VOI transforms, colour, padding, place in the patient.
+
+The chain of PS3.3, C.11 and PS3.4, N.2: stored values -> modality LUT or rescale -> VOI LUT or window -> polarity.
+"""
+
+import numpy as np
+from jaxtyping import Float, Shaped
+from pydicom import Dataset
+from pydicom.multival import MultiValue
+from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi
+
+from fedssl.data.decoding.picture import SOFT_TISSUE, Meaning, Picture
+
+_WITHOUT_SCALE = {"MR", "US", "IVUS", "NM", "PT", "OPT"}
+_AIR = -1024.0
+_PLANES = ("sagittal", "coronal", "axial")
+_LEAST_COSINE = 0.8
+_GROUPS = {  # functional group macro -> attributes (PS3.3, C.7.6.16.2)
+    "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept", "RescaleType"),
+    "FrameVOILUTSequence": ("WindowCenter", "WindowWidth", "VOILUTFunction"),
+    "PlanePositionSequence": ("ImagePositionPatient",),
+    "PlaneOrientationSequence": ("ImageOrientationPatient",),
+}
+_PLAIN = ("ModalityLUTSequence", "VOILUTSequence", *(name for names in _GROUPS.values() for name in names))
+
+
+def frame_facts(dataset: Dataset, number: int) -> Dataset:
+    """Collect the transforms and the place of one frame: its own functional groups, the shared ones, the top level."""
+    facts = Dataset()
+    for name in _PLAIN:
+        if name in dataset:
+            facts.add(dataset[name])
+    per_frame = dataset.get("PerFrameFunctionalGroupsSequence") or []
+    own = [per_frame[number]] if number < len(per_frame) else []
+    for groups in [*(dataset.get("SharedFunctionalGroupsSequence") or []), *own]:
+        for macro, names in _GROUPS.items():
+            for item in groups.get(macro) or []:
+                for name in names:
+                    if name in item:
+                        facts.add(item[name])
+    return facts
+
+
+def picture_of(stored: Shaped[np.ndarray, "..."], dataset: Dataset, number: int) -> Picture:
+    """Give the stored values of frame ``number`` their meaning.
+
+    CT with a rescale becomes Hounsfield units (0028,1052/1053); MR, ultrasound and nuclear medicine stay in the
+    scanner's units; all else goes through its VOI LUT (0028,3010) or window (0028,1050), or its full range. PALETTE
+    COLOR (0028,1101-1203) and three samples become 8-bit RGB.
+    """
+    bits = int(dataset.get("BitsStored") or dataset.get("BitsAllocated") or 8)
+    if stored.ndim == 3:
+        return Picture(_eight_bits(stored, bits), Meaning.COLOUR, 8)
+    if dataset.get("PhotometricInterpretation") == "PALETTE COLOR":
+        colours = apply_color_lut(stored, dataset)
+        return Picture(_eight_bits(colours, 8 * colours.dtype.itemsize), Meaning.COLOUR, 8)
+    facts = frame_facts(dataset, number)
+    padding = _padding(stored, dataset)
+    position, plane = _place(facts)
+    inverted = dataset.get("PhotometricInterpretation") == "MONOCHROME1"
+    values = _modality(stored, facts)
+    modality = str(dataset.get("Modality") or "")
+    if modality == "CT" and "RescaleSlope" in facts and str(facts.get("RescaleType") or "HU") in {"HU", "US"}:
+        values = values if padding is None else np.where(padding, np.float32(_AIR), values)
+        window = _window(facts) or SOFT_TISSUE
+        return Picture(values, Meaning.HOUNSFIELD, bits, window[:2], False, None, position, plane)  # noqa: FBT003
+    if modality in _WITHOUT_SCALE | {"CT"}:
+        return Picture(values, Meaning.RAW, bits, SOFT_TISSUE, inverted, padding, position, plane)
+    grey = _display(values, dataset, facts, bits, padding)
+    grey = 1.0 - grey if inverted else grey
+    grey = grey if padding is None else np.where(padding, np.float32(0.0), grey)
+    return Picture(grey.astype(np.float32), Meaning.DISPLAY, bits, SOFT_TISSUE, False, padding, position, plane)  # noqa: FBT003
+
+
+def _eight_bits(colours: Shaped[np.ndarray, "..."], bits: int) -> Shaped[np.ndarray, "..."]:
+    if bits == 8:
+        return colours.astype(np.uint8)
+    return np.rint(colours.astype(np.float64) * (255.0 / (2**bits - 1))).clip(0, 255).astype(np.uint8)
+
+
+def _padding(stored: Shaped[np.ndarray, "..."], dataset: Dataset) -> Shaped[np.ndarray, "..."] | None:
+    """Mark PixelPaddingValue (0028,0120), up to PixelPaddingRangeLimit (0028,0121) where given (PS3.3, C.7.5.1.1.2)."""
+    first = dataset.get("PixelPaddingValue")
+    if first is None or not np.issubdtype(stored.dtype, np.integer):
+        return None
+    last = dataset.get("PixelPaddingRangeLimit")
+    low, high = sorted((int(first), int(first if last is None else last)))
+    mask = (stored >= low) & (stored <= high)
+    return mask if mask.any() else None
+
+
+def _modality(stored: Shaped[np.ndarray, "..."], facts: Dataset) -> Shaped[np.ndarray, "..."]:
+    """Modality LUT (0028,3000), or slope (0028,1053) and intercept (0028,1052); integers stay as they are without."""
+    if facts.get("ModalityLUTSequence"):
+        return apply_modality_lut(stored, facts)
+    slope, intercept = _first(facts, "RescaleSlope"), _first(facts, "RescaleIntercept")
+    if slope in (None, 1.0) and intercept in (None, 0.0):
+        return stored if stored.dtype.itemsize <= 2 else stored.astype(np.float32)
+    return stored.astype(np.float32) * np.float32(1.0 if slope is None else slope) + np.float32(intercept or 0.0)
+
+
+def _display(
+    values: Shaped[np.ndarray, "..."], dataset: Dataset, facts: Dataset, bits: int, padding: np.ndarray | None
+) -> Float[np.ndarray, "rows columns"]:
+    """Grey from 0 to 1: VOI LUT, else window, else the range of 8 bits or less, else robust percentiles."""
+    if facts.get("VOILUTSequence") and np.issubdtype(values.dtype, np.integer):
+        facts.file_meta = dataset.file_meta
+        top = 2 ** int(facts.VOILUTSequence[0].LUTDescriptor[2]) - 1
+        return (apply_voi(values, facts) / top).clip(0.0, 1.0).astype(np.float32)
+    window = _window(facts)
+    if window:
+        return windowed(values.astype(np.float32), *window)
+    if bits <= 8 and np.issubdtype(values.dtype, np.integer):
+        return (values / float(2**bits - 1)).clip(0.0, 1.0).astype(np.float32)
+    kept = values if padding is None or padding.all() else values[~padding]
+    low, high = np.percentile(kept, [0.5, 99.5])
+    return ((values - low) / (high - low if high > low else 1.0)).clip(0.0, 1.0).astype(np.float32)
+
+
+def windowed(
+    values: Float[np.ndarray, "rows columns"], low: float, high: float, function: str
+) -> Float[np.ndarray, "rows columns"]:
+    """Apply a window between ``low`` and ``high``; SIGMOID as in PS3.3, C.11.2.1.3.1, else linear."""
+    if function == "SIGMOID":
+        return 1.0 / (1.0 + np.exp(-4.0 * (values - (low + high) / 2.0) / (high - low)))
+    return ((values - low) / (high - low)).clip(0.0, 1.0)
+
+
+def _window(facts: Dataset) -> tuple[float, float, str] | None:
+    """Return the values shown as black and white and the function: C.11.2.1.2.1 (LINEAR) or C.11.2.1.3.2 (exact)."""
+    centre, width = _first(facts, "WindowCenter"), _first(facts, "WindowWidth")
+    function = str(facts.get("VOILUTFunction") or "LINEAR")
+    if centre is None or width is None or width < 1 or (width == 1 and function == "LINEAR"):
+        return None
+    if function == "LINEAR":
+        return centre - width / 2.0, centre + width / 2.0 - 1.0, function
+    return centre - width / 2.0, centre + width / 2.0, function
+
+
+def _place(facts: Dataset) -> tuple[float | None, str]:
+    """Millimetres along the slice's normal and the nearest plane, from (0020,0032) and (0020,0037) (C.7.6.2.1.1)."""
+    where, cosines = facts.get("ImagePositionPatient"), facts.get("ImageOrientationPatient")
+    if not where or not cosines or len(where) != 3 or len(cosines) != 6:
+        return None, ""
+    direction = np.array([float(number) for number in cosines])
+    normal = np.cross(direction[:3], direction[3:])
+    axis = int(np.abs(normal).argmax())
+    plane = _PLANES[axis] if abs(normal[axis]) >= _LEAST_COSINE else ""
+    return float(np.array([float(number) for number in where]) @ normal), plane
+
+
+def _first(facts: Dataset, keyword: str) -> float | None:
+    value = facts.get(keyword)
+    if isinstance(value, MultiValue):
+        value = value[0] if value else None
+    return None if value is None or value == "" else float(value)

@@ -1,0 +1,175 @@
+"""A picture as the cache keeps it: a small square in 8 or 16 bits, with what is needed to show and to compare it."""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Shaped
+from PIL import Image
+
+from fedssl.data.decoding.picture import Meaning, Picture, inside, robust_range
+
+LAYOUTS = {"grey8": ("|u1", 1), "grey16": ("<u2", 1), "rgb8": ("|u1", 3)}  # name -> dtype, channels
+LEVELS = (0.0, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0)
+HASH_EDGE = 16
+_HOUNSFIELD_ZERO = 32768.0
+_SAMPLE_EDGE = 256  # pixels on a side of the grid on which percentiles are taken
+_LEAST_STEP = 2.0  # of 255: smaller differences are no edge for the perceptual hash
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image of the cache.
+
+    Attributes:
+        layout: a key of ``LAYOUTS``.
+        data: [edge, edge] or [edge, edge, 3] bytes of that layout.
+        scale: value = stored x scale + offset.
+        offset: see ``scale``.
+        low: the value shown as black.
+        high: the value shown as white; below ``low`` where small values are bright.
+        quantiles: values at ``LEVELS``; pooled over a series they give its range.
+        digest: 16 bytes of BLAKE2b over the native pixels.
+        hash: 256-bit difference hash of what is shown.
+        hash_turned: the same of the image turned by 90 degrees.
+        flags: names of what looks wrong, separated by blanks.
+    """
+
+    meaning: Meaning
+    layout: str
+    data: bytes
+    scale: float
+    offset: float
+    low: float
+    high: float
+    quantiles: list[float]
+    digest: bytes
+    hash: bytes
+    hash_turned: bytes
+    rows: int
+    columns: int
+    position: float | None
+    plane: str
+    flags: str
+
+
+def record(picture: Picture, edge: int) -> Record:
+    """Shrink a picture into a square of ``edge`` pixels, aspect ratio kept, and describe it."""
+    sample = _sample(picture)
+    quantiles = np.quantile(sample, LEVELS)
+    low, high = _range(picture, sample)
+    fill = low if picture.meaning in (Meaning.RAW, Meaning.DISPLAY) else 0.0
+    square = fit_square(_filled(picture, fill), edge, -1024.0 if picture.meaning is Meaning.HOUNSFIELD else fill)
+    layout, stored, scale, offset = _stored(picture, square)
+    small = shrunk(np.asarray(_grey(square, low, high)), HASH_EDGE + 1)
+    return Record(
+        picture.meaning, layout, stored.tobytes(), scale, offset, low, high, quantiles.tolist(), _digest(picture),
+        difference_hash(small), difference_hash(np.rot90(small)), picture.values.shape[0], picture.values.shape[1],
+        picture.position, picture.plane, " ".join(_flags(picture, sample, quantiles, low, high)),
+    )  # fmt: skip
+
+
+def _sample(picture: Picture) -> Float[np.ndarray, " pixels"]:
+    """A regular grid of the values inside the patient: percentiles of it cost little even for large radiographs."""
+    step = max(1, min(picture.values.shape[:2]) // _SAMPLE_EDGE)
+    padding = None if picture.padding is None else picture.padding[::step, ::step]
+    thin = Picture(picture.values[::step, ::step], picture.meaning, picture.bits, padding=padding)
+    return inside(thin).astype(np.float32)
+
+
+def _range(picture: Picture, sample: Float[np.ndarray, " pixels"]) -> tuple[float, float]:
+    if picture.meaning is Meaning.HOUNSFIELD:
+        return picture.window
+    if picture.meaning is Meaning.RAW:
+        return robust_range(Picture(sample, Meaning.RAW, picture.bits, inverted=picture.inverted))
+    return (0.0, 1.0) if picture.meaning is Meaning.DISPLAY else (0.0, 255.0)
+
+
+def _filled(picture: Picture, fill: float) -> Shaped[np.ndarray, "..."]:
+    """Padding is shown black."""
+    if picture.padding is None or picture.meaning is Meaning.DISPLAY:
+        return picture.values
+    return np.where(picture.padding, np.asarray(fill).astype(picture.values.dtype), picture.values)
+
+
+def fit_square(values: Shaped[np.ndarray, "..."], edge: int, fill: float) -> Shaped[np.ndarray, "..."]:
+    """Scale the longer side to ``edge`` pixels (bilinear with antialiasing) and pad the shorter one with ``fill``.
+
+    8-bit values stay 8 bits, all others become float32.
+    """
+    rows, columns = values.shape[:2]
+    scale = edge / max(rows, columns)
+    height, width = max(1, round(rows * scale)), max(1, round(columns * scale))
+    kind = values.dtype if values.dtype == np.uint8 else np.float32
+    source = Image.fromarray(np.ascontiguousarray(values, kind))
+    scaled = np.asarray(source.resize((width, height), Image.Resampling.BILINEAR))
+    square = np.full((edge, edge, *values.shape[2:]), fill, kind)
+    top, left = (edge - height) // 2, (edge - width) // 2
+    square[top : top + height, left : left + width] = scaled
+    return square
+
+
+def _stored(picture: Picture, square: Shaped[np.ndarray, "..."]) -> tuple[str, Shaped[np.ndarray, "..."], float, float]:
+    """Choose the smallest layout that keeps the values: (layout, stored, scale, offset)."""
+    if picture.meaning is Meaning.COLOUR:
+        return "rgb8", square, 1.0, 0.0
+    if square.dtype == np.uint8:
+        return "grey8", square, 1.0, 0.0
+    if picture.meaning is Meaning.HOUNSFIELD:
+        return "grey16", _quantised(square + _HOUNSFIELD_ZERO, 65535), 1.0, -_HOUNSFIELD_ZERO
+    if picture.meaning is Meaning.DISPLAY:
+        top = 255 if picture.bits <= 8 else 65535
+        return ("grey8" if top == 255 else "grey16"), _quantised(square * top, top), 1.0 / top, 0.0
+    least, most = float(square.min()), float(square.max())
+    scale = (most - least) / 65535.0 or 1.0
+    return "grey16", _quantised((square - least) / scale, 65535), scale, least
+
+
+def _quantised(values: Float[np.ndarray, "..."], top: int) -> Shaped[np.ndarray, "..."]:
+    return np.rint(values).clip(0, top).astype(np.uint8 if top == 255 else np.uint16)
+
+
+def _grey(square: Shaped[np.ndarray, "..."], low: float, high: float) -> Float[np.ndarray, "edge edge"]:
+    values = square.astype(np.float32)
+    flat = values @ np.array([0.299, 0.587, 0.114], np.float32) if values.ndim == 3 else values  # ITU-R BT.601
+    return np.clip((flat - low) / (high - low if high != low else 1.0), 0.0, 1.0)
+
+
+def shrunk(grey: Float[np.ndarray, "rows columns"], edge: int) -> Float[np.ndarray, "edge edge"]:
+    """Average a grey image down to ``edge`` pixels on a side."""
+    image = Image.fromarray(np.ascontiguousarray(grey, np.float32))
+    return np.asarray(image.resize((edge, edge), Image.Resampling.BOX))
+
+
+def difference_hash(small: Float[np.ndarray, "edge edge"]) -> bytes:
+    """Return 256 bits: is each pixel clearly brighter than its left neighbour? ``small`` is 17 x 17, from 0 to 1."""
+    brighter = small[:HASH_EDGE, 1:] - small[:HASH_EDGE, :-1] > _LEAST_STEP / 255.0
+    return np.packbits(brighter).tobytes()
+
+
+def _digest(picture: Picture) -> bytes:
+    values = np.ascontiguousarray(picture.values)
+    return hashlib.blake2b(values.tobytes(), digest_size=16, person=str(values.shape).encode()[:16]).digest()
+
+
+def _flags(
+    picture: Picture, sample: Float[np.ndarray, " pixels"], quantiles: np.ndarray, low: float, high: float
+) -> list[str]:
+    """Name what looks wrong: ``constant``, ``wrong-sign``, ``half-empty``.
+
+    wrong-sign: the values span nearly all that the bits can hold and lie at both ends with nothing between, as signed
+    values read as unsigned do. half-empty: what is shown uses less than half of black to white.
+    """
+    least, most = float(quantiles[0]), float(quantiles[-1])
+    if least == most:
+        return ["constant"]
+    flags = []
+    place = (sample - least) / (most - least)
+    between, below, above = np.mean((place > 0.25) & (place < 0.75)), np.mean(place <= 0.25), np.mean(place >= 0.75)
+    wide = picture.bits > 8 and most - least > 0.9 * 2**picture.bits
+    if wide and between < 0.01 and min(below, above) > 0.1:
+        flags.append("wrong-sign")
+    seen = np.clip((quantiles[[2, -3]] - low) / (high - low if high != low else 1.0), 0.0, 1.0)
+    if picture.meaning is not Meaning.COLOUR and abs(float(seen[1] - seen[0])) < 0.5:
+        flags.append("half-empty")
+    return flags

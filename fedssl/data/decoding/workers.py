@@ -1,0 +1,183 @@
+"""Decoding on all cores: processes that may die, a deadline for every file, answers in the order of the questions."""
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from fedssl.errors import DataError
+
+_DEPTH = 4  # requests a worker holds, so that it never waits for the next one
+_AHEAD = 64  # answers that may wait, for each worker, behind a slow file
+
+
+@dataclass(frozen=True)
+class Question:
+    """A file to decode. ``tag`` is handed back with the answer."""
+
+    request: dict[str, Any]
+    tag: Any
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of a file: the worker's JSON object and the pixels of its records."""
+
+    tag: Any
+    found: dict[str, Any]
+    pixels: bytes
+
+
+@dataclass
+class _Worker:
+    process: subprocess.Popen[bytes]
+    link: Connection
+    asked: deque[tuple[int, Question]] = field(default_factory=deque)
+    since: float = 0.0
+    ready: bool = False
+
+
+def decode_all(
+    questions: Iterator[Question], *, count: int, edge: int, burned_in: str, memory_gb: float, timeout_s: float
+) -> Iterator[Answer]:
+    """Decode files on ``count`` processes; answers come in the order of the questions.
+
+    A process that crashes, uses more than ``memory_gb`` or works on one file for more than ``timeout_s`` seconds is
+    replaced; its file is answered as unreadable with the reason, and the others go on.
+    """
+    settings = json.dumps({"edge": edge, "burned_in": burned_in, "memory_gb": memory_gb, "timeout_s": timeout_s})
+    pool = _Pool(settings, timeout_s)
+    done: dict[int, Answer] = {}
+    numbered = enumerate(questions)
+    waiting: deque[tuple[int, Question]] = deque()
+    following = 0
+    try:
+        while True:
+            waiting.extend(itertools.islice(numbered, max(0, count * _DEPTH - len(waiting))))
+            pool.feed(waiting, count, head=following, room=count * _AHEAD - pool.load() - len(done))
+            if not pool.load():
+                return
+            done.update(pool.collect(waiting))
+            while following in done:
+                yield done.pop(following)
+                following += 1
+    finally:
+        pool.stop()
+
+
+class _Pool:
+    """The processes and what each was asked."""
+
+    def __init__(self, settings: str, timeout_s: float) -> None:
+        self.settings = settings
+        self.timeout_s = timeout_s
+        self.workers: list[_Worker] = []
+
+    def load(self) -> int:
+        """Count the questions that are out."""
+        return sum(len(worker.asked) for worker in self.workers)
+
+    def feed(self, waiting: deque[tuple[int, Question]], count: int, *, head: int, room: int) -> None:
+        """Hand out questions, least busy worker first; start workers when there is work for them.
+
+        Args:
+            waiting: questions that are not out yet.
+            count: most workers.
+            head: number of the question whose answer is due next; it is handed out in any case.
+            room: how many more may be out.
+        """
+        while waiting and (room > 0 or waiting[0][0] == head):
+            if len(self.workers) < count and all(worker.asked for worker in self.workers):
+                self.workers.append(self._start())
+            worker = min(self.workers, key=lambda worker: len(worker.asked))
+            if len(worker.asked) >= _DEPTH:
+                return
+            if not worker.asked:
+                worker.since = time.monotonic()
+            worker.asked.append(waiting.popleft())
+            room -= 1
+            with contextlib.suppress(OSError):  # a dead worker is noticed when its answer is read
+                worker.link.send_bytes(json.dumps(worker.asked[-1][1].request).encode())
+
+    def _start(self) -> _Worker:
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "fedssl.data.decoding.worker", str(theirs.fileno()), self.settings]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+            command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        theirs.close()
+        return _Worker(process, Connection(ours.detach()))
+
+    def collect(self, waiting: deque[tuple[int, Question]]) -> dict[int, Answer]:
+        """Wait for answers, deaths and deadlines; questions of a lost worker go back to the front of ``waiting``."""
+        busy = [worker for worker in self.workers if worker.asked]
+        if not busy:
+            return {}
+        soonest = min(worker.since for worker in busy) + self.timeout_s
+        ready = set(wait([worker.link for worker in busy], max(0.0, soonest - time.monotonic())))
+        answers = {}
+        for worker in busy:
+            if worker.link in ready:
+                found, lost = self._receive(worker)
+            elif time.monotonic() - worker.since > self.timeout_s:
+                found, lost = _unreadable(f"took longer than {self.timeout_s:g} s to decode"), True
+            else:
+                continue
+            if found is not None:
+                number, question = worker.asked.popleft()
+                answers[number] = Answer(question.tag, *found)
+            worker.since = time.monotonic()
+            if lost:
+                self._replace(worker, waiting)
+        return answers
+
+    def _receive(self, worker: _Worker) -> tuple[tuple[dict[str, Any], bytes] | None, bool]:
+        """Read one answer (None: the worker has only said that it is ready) and tell whether the worker is lost."""
+        try:
+            header = json.loads(worker.link.recv_bytes())
+            if worker.ready:
+                return (header, worker.link.recv_bytes()), False
+            worker.ready = True
+        except (EOFError, OSError, ValueError):
+            worker.process.kill()
+            code = worker.process.wait()
+            if not worker.ready:
+                raise DataError(
+                    f"A decoding process could not start (exit code {code}). Run fedssl doctor, and check memory and "
+                    "data.worker_memory_gb."
+                ) from None
+            name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            return _unreadable(f"crashed its decoder ({name})"), True
+        return None, False
+
+    def _replace(self, worker: _Worker, waiting: deque[tuple[int, Question]]) -> None:
+        worker.process.kill()
+        worker.process.wait()
+        waiting.extendleft(reversed(worker.asked))
+        self.workers.remove(worker)
+        with contextlib.suppress(OSError):
+            worker.link.close()
+
+    def stop(self) -> None:
+        """End all processes."""
+        for worker in self.workers:
+            worker.process.kill()
+            worker.process.wait()
+            with contextlib.suppress(OSError):
+                worker.link.close()
+
+
+def _unreadable(reason: str) -> tuple[dict[str, Any], bytes]:
+    return {"kind": "unreadable", "reason": reason, "records": []}, b""

@@ -1,0 +1,103 @@
+"""Which files there are and whose they are, by folder or by manifest, before any is opened."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+from fedssl.data.indexing.walk import Entry, order_of, walk
+from fedssl.errors import DataError
+
+_MANIFEST_COLUMNS = ("image", "patient_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A file and what the folder or the manifest says of it, before it is opened.
+
+    ``folder`` is the patient's folder (empty: none), ``modality`` what the manifest says.
+    """
+
+    entry: Entry
+    path: Path
+    site: str
+    folder: str
+    modality: str
+
+
+def scan(root: Path, site: str, manifest: Mapping[str, Mapping[str, str]] | None) -> Iterator[Found]:
+    """Give every file of a folder or a manifest, sorted by ``walk.order_of``.
+
+    Args:
+        root: a folder, or the folder of the manifest.
+        site: name of the one site that owns it, or empty.
+        manifest: facts by file, see ``read_manifest``; None walks through the folder.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    if manifest is not None:
+        yield from _from_manifest(root, site, manifest)
+        return
+    for entry in walk(root):
+        parts = entry.file.split("/")
+        owner, *below = (site, *parts) if site else parts if len(parts) > 1 else ("site", *parts)
+        yield Found(entry, root / entry.file, owner, below[0] if len(below) > 1 else "", "")
+
+
+def _from_manifest(base: Path, site: str, manifest: Mapping[str, Mapping[str, str]]) -> Iterator[Found]:
+    for file in sorted(manifest, key=order_of):
+        given = manifest[file]
+        path = base / file
+        try:
+            status = path.stat()
+            entry = Entry(file, status.st_size, status.st_mtime_ns)
+        except (OSError, ValueError) as error:
+            missing = isinstance(error, FileNotFoundError)
+            entry = Entry(file, 0, 0, "is missing" if missing else "is unreachable")
+        yield Found(entry, path, site or given.get("site") or "site", "", given.get("modality", ""))
+
+
+def read_manifest(path: Path) -> dict[str, dict[str, str]]:
+    """Read a manifest: facts by file.
+
+    Raises:
+        DataError: a column or an image path is missing, or an image is listed twice.
+    """
+    table = read_table(path)
+    missing = [name for name in _MANIFEST_COLUMNS if name not in table.column_names]
+    if missing:
+        raise DataError(
+            f"The manifest lacks the column {' and '.join(missing)}; it has {', '.join(table.column_names)}. "
+            "It needs image (a path beside the manifest) and patient_id."
+        )
+    if table["image"].null_count:
+        row = pc.index(pc.is_null(table["image"]), value=True).as_py()
+        raise DataError(f"Row {row + 1} of the manifest has no image path. Fill or remove it.")
+    repeated = table.num_rows - len(table["image"].unique())
+    if repeated:
+        raise DataError(f"The manifest lists {repeated} images more than once. Keep one row for each image.")
+    facts = {}
+    for batch in table.to_batches(max_chunksize=10_000):
+        for record in batch.to_pylist():
+            given = {key: "" if value is None else str(value) for key, value in record.items()}
+            facts[given.pop("image")] = given
+    return facts
+
+
+def read_table(path: Path) -> pa.Table:
+    """Read a CSV or Parquet table.
+
+    Raises:
+        DataError: the file is missing or is no table.
+    """
+    try:
+        return pq.read_table(path) if path.suffix == ".parquet" else pacsv.read_csv(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(
+            f"The table {path.name} cannot be read ({type(error).__name__}). Give CSV with a header line, or Parquet."
+        ) from error

@@ -1,0 +1,68 @@
+"""Results on a terminal: tables for people, JSON for programs."""
+
+import json
+from enum import StrEnum
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+out = Console()
+
+
+class Format(StrEnum):
+    """How a verb prints its result."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Print rows that share their keys."""
+    table = Table(*rows[0], box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    out.print(table, markup=False)
+
+
+def print_json(value: Any) -> None:  # noqa: ANN401 - whatever JSON can hold
+    """Print a value as indented JSON."""
+    typer.echo(json.dumps(value, indent=2))
+
+
+def print_line(text: str) -> None:
+    """Print one sentence as it is."""
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+_COUNTS = {
+    "unreadable": "files could not be used: ",
+    "text_risk_let_through": "files that may show text in the pixels were let through (data.burned_in): ",
+    "flags": "images look wrong: ",
+    "other_files": "other files were left alone: ",
+}
+
+
+def print_index(summary: dict[str, Any]) -> None:
+    """Print what was found at a site, see ``fedssl.data.indexing.summary``."""
+    print_table(summary["sites"])
+    for key, text in _COUNTS.items():
+        for name, count in summary[key].items():
+            print_line(f"{count} {text}{name}")
+    copies = summary["duplicate_images"]
+    if any(copies.values()):
+        print_line(
+            f"Duplicates: {copies['exact']} exact, {copies['near']} near, {copies['turned']} turned by 90 degrees; "
+            f"{copies['across_patients']} of these pairs belong to two patients, who are kept in the same split."
+        )
+
+
+def print_headline(results: dict[str, Any]) -> None:
+    """Print the sentences that sum up an evaluation."""
+    from fedssl.evaluation.report import headline
+
+    for sentence in headline(results):
+        print_line(sentence)
+    if results["synthetic"]:
+        print_line("Synthetic images: these figures say nothing about real patients.")
