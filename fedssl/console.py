@@ -13,24 +13,39 @@ _PLAIN_EVERY_S = 10.0
 
 
 class _Pace:
-    """Time left of a federation, from the steps seen since it began."""
+    """Speed and time left of one kind of work, from what was seen since it began."""
 
     def __init__(self) -> None:
         self.start = time.monotonic()
         self.first: float | None = None
 
-    def left(self, done: float) -> str:
-        """Say how long the rest takes when the share ``done`` is done."""
+    def speed(self, done: float) -> float:
+        """Units a second since the first call; 0 while unknown."""
         if self.first is None or done < self.first:
             self.start, self.first = time.monotonic(), done
-        if done - self.first < 1e-3:
+        return (done - self.first) / max(time.monotonic() - self.start, 1e-6)
+
+    def left(self, done: float, total: float = 1.0) -> str:
+        """Say how long the rest takes when ``done`` of ``total`` is done."""
+        speed = self.speed(done)
+        if speed * 1e6 < total:  # nothing known yet, or it would take weeks
             return "--:--"
-        seconds = (time.monotonic() - self.start) * (1 - done) / (done - self.first)
-        return f"{int(seconds // 60):02d}:{int(seconds % 60):02d}"
+        minutes, seconds = divmod(int((total - done) / speed), 60)
+        return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes:02d}:{seconds:02d}"
 
 
 def _share_done(step: progress.Step) -> float:
     return (step.round - 1 + step.step / step.steps) / step.rounds
+
+
+def _describe_work(event: progress.Done, pace: _Pace) -> str:
+    """Files are counted while they are handled: a total that still grows is shown as "at least"."""
+    total = f"at least {event.total}" if event.growing else str(event.total)
+    speed = pace.speed(event.count)
+    if event.count == event.total:
+        return f"{event.what}: {event.count} of {total}"
+    left = "--:--" if event.growing else pace.left(event.count, event.total)
+    return f"{event.what}: {event.count} of {total}  {speed:.0f}/s  left {left}"
 
 
 def _describe(step: progress.Step) -> str:
@@ -46,6 +61,7 @@ class _Plain:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.pace = _Pace()
+        self.paces: dict[str, _Pace] = {}
         self.last = 0.0
         self.topic: tuple[object, ...] = ()
 
@@ -55,7 +71,8 @@ class _Plain:
         elif isinstance(event, progress.Step):
             self._line((event.round,), f"{_describe(event)}  left {self.pace.left(_share_done(event))}", done=False)
         else:
-            self._line((event.what,), f"{event.what}: {event.count} of {event.total}", done=event.count == event.total)
+            text = _describe_work(event, self.paces.setdefault(event.what, _Pace()))
+            self._line((event.what,), text, done=event.count == event.total)
 
     def _line(self, topic: tuple[object, ...], text: str, *, done: bool) -> None:
         now = time.monotonic()
@@ -70,6 +87,7 @@ class _Live:
     def __init__(self, bars: Progress) -> None:
         self.bars = bars
         self.pace = _Pace()
+        self.paces: dict[str, _Pace] = {}
         self.tasks: dict[str, TaskID] = {}
 
     def __call__(self, event: progress.Event) -> None:
@@ -80,7 +98,8 @@ class _Live:
             done = _share_done(event)
             self._show("federation", done, 1.0, f"{_describe(event)}  left {self.pace.left(done)}")
         else:
-            self._show(event.what, event.count, event.total, f"{event.what} {event.count}/{event.total}")
+            text = _describe_work(event, self.paces.setdefault(event.what, _Pace()))
+            self._show(event.what, event.count, event.total, text)
 
     def _show(self, key: str, done: float, total: float, text: str) -> None:
         if key not in self.tasks:

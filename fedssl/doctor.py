@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-_PACKAGES = ("torch", "torchvision", "timm", "flwr", "hydra-core", "pydicom", "pyarrow", "scikit-learn", "safetensors")
+_PACKAGES = (
+    "torch", "torchvision", "timm", "flwr", "hydra-core", "pydicom", "pyarrow", "nibabel", "scikit-learn",
+    "safetensors",
+)  # fmt: skip
 _OPTIONAL = {
     "tensorboard": "TensorBoard events: pip install 'fedssl[tracking]'",
     "ray": "flwr run with Ray: pip install 'flwr[simulation]'",
@@ -101,27 +104,19 @@ def _checkout(configs: Path) -> Check:
 
 
 def _codecs() -> list[Check]:
-    """Tell for each compressed transfer syntax of PS3.5 whether a decoder is installed."""
+    """Tell for each compressed transfer syntax of PS3.5, A.4 and A.5, which decoders are installed."""
+    from pydicom import uid
     from pydicom.pixels import get_decoder
-    from pydicom.uid import (
-        JPEG2000,
-        DeflatedExplicitVRLittleEndian,
-        JPEG2000Lossless,
-        JPEGBaseline8Bit,
-        JPEGExtended12Bit,
-        JPEGLossless,
-        JPEGLosslessSV1,
-        JPEGLSLossless,
-        JPEGLSNearLossless,
-        RLELossless,
-    )
 
     syntaxes = [
-        DeflatedExplicitVRLittleEndian, JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLossless, JPEGLosslessSV1,
-        JPEGLSLossless, JPEGLSNearLossless, JPEG2000Lossless, JPEG2000, RLELossless,
+        uid.DeflatedExplicitVRLittleEndian, uid.RLELossless, uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit,
+        uid.JPEGLossless, uid.JPEGLosslessSV1, uid.JPEGLSLossless, uid.JPEGLSNearLossless, uid.JPEG2000Lossless,
+        uid.JPEG2000, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K,
     ]  # fmt: skip
     checks = []
     for syntax in syntaxes:
-        there = get_decoder(syntax).is_available
-        checks.append(Check(f"codec {syntax.name}", "ok" if there else "warn", "yes" if there else "no decoder"))
+        decoder = get_decoder(syntax)
+        found = ", ".join(decoder.available_plugins) or ("pydicom" if decoder.is_available else "no decoder")
+        advice = "" if decoder.is_available else "Install the packages of requirements.lock again."
+        checks.append(Check(f"codec {syntax.name}", "ok" if decoder.is_available else "warn", found, advice))
     return checks

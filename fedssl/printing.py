@@ -8,7 +8,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-out = Console()
+_PIPE_WIDTH = 200  # where no terminal says how wide it is, tables are not cut
+out = Console() if Console().is_terminal else Console(width=_PIPE_WIDTH)
 
 
 class Format(StrEnum):
@@ -36,6 +37,7 @@ def print_line(text: str) -> None:
     out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+_COLUMNS = ("site", "patients", "studies", "series", "images", "files", "unreadable", "modalities")
 _COUNTS = {
     "unreadable": "files could not be used: ",
     "text_risk_let_through": "files that may show text in the pixels were let through (data.burned_in): ",
@@ -46,7 +48,7 @@ _COUNTS = {
 
 def print_index(summary: dict[str, Any]) -> None:
     """Print what was found at a site, see ``fedssl.data.indexing.summary``."""
-    print_table(summary["sites"])
+    print_table([{name: site[name] for name in _COLUMNS} for site in summary["sites"]])
     for key, text in _COUNTS.items():
         for name, count in summary[key].items():
             print_line(f"{count} {text}{name}")

@@ -25,11 +25,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Done:
-    """Work with a known end: ``count`` of ``total`` units of ``what``."""
+    """Work with a known end: ``count`` of ``total`` units of ``what``; ``growing``: the total is not final yet."""
 
     what: str
     count: int
     total: int
+    growing: bool = False
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def _write_patient(
         place = -0.8 + 1.6 * number / (IMAGES_PER_PATIENT - 1)
         grey = _scan(phantom.draw(modality, anatomy, place, finding, hospital.scanner.edge), hospital.scanner, rng)
         file = f"{hospital.name}/{name}/{number:03d}.dcm"
-        dataset = _dataset(grey, hospital, modality, name, number, uids)
+        dataset = make_dataset(grey, hospital, modality, name, number, uids)
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         dataset.save_as(
             root / file, enforce_file_format=True
@@ -147,7 +147,7 @@ def _scan(
     return np.clip(seen + scanner.noise * rng.standard_normal(image.shape), 0.0, 1.0)
 
 
-def _dataset(
+def make_dataset(
     grey: Float[np.ndarray, "edge edge"],
     hospital: Hospital,
     modality: str,
@@ -155,6 +155,7 @@ def _dataset(
     number: int,
     uids: Sequence[str],
 ) -> FileDataset:
+    """Make one synthetic DICOM image of a hospital; ``uids`` are of study, series and frame of reference."""
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     meta.MediaStorageSOPClassUID = UID(_STORAGE_CLASS[modality])

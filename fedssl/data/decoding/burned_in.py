@@ -46,7 +46,7 @@ def _unstated(dataset: Dataset) -> str:
 
 def _has_overlay(dataset: Dataset) -> bool:
     """Tell whether any repeating group 6000 to 60FE holds overlay data (PS3.3, C.9.2)."""
-    return any((group, 0x3000) in dataset for group in range(0x6000, 0x6100, 2))
+    return any(tag & 0xFF00FFFF == 0x60003000 for tag in dataset.keys())  # noqa: SIM118 - no element is decoded
 
 
 def scan_regions(dataset: Dataset) -> list[tuple[int, int, int, int]]:

@@ -9,7 +9,6 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import generate_frames
 from pydicom.filereader import read_dataset
 from pydicom.pixels import get_decoder, iter_pixels
-from pydicom.pixels.utils import get_expected_length
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
@@ -121,27 +120,27 @@ def pictures(dataset: Dataset, policy: Policy = Policy.ALLOW) -> Iterator[Pictur
         ValueError: the sizes are absurd, or the pixel data are shorter than the header says.
         Exception: whatever a decoder raises; the caller records its type.
     """
-    rows, columns = int(dataset.Rows), int(dataset.Columns)
+    size = int(dataset.Rows), int(dataset.Columns), int(dataset.get("SamplesPerPixel") or 1)
     frames = int(dataset.get("NumberOfFrames") or 1)
-    refuse_absurd(rows, columns, int(dataset.get("SamplesPerPixel") or 1), frames)
-    _refuse_short(dataset, frames)
+    refuse_absurd(*size, frames)
+    _refuse_short(dataset, size, frames)
     hide = policy is Policy.MASK and bool(refuse_by_policy(dataset, policy))
     regions = scan_regions(dataset) if hide else []
     for number, stored in enumerate(iter_pixels(dataset, indices=range(frames))):
         yield picture_of(masked(stored, regions) if regions else stored, dataset, number)
 
 
-def _refuse_short(dataset: Dataset, frames: int) -> None:
+def _refuse_short(dataset: Dataset, size: tuple[int, int, int], frames: int) -> None:
     syntax = dataset.file_meta.TransferSyntaxUID
     get_decoder(syntax)  # raises for what is no image transfer syntax
     data = next(dataset[name].value for name in _PIXELS if name in dataset)
     if syntax.is_encapsulated:
         offsets = dataset.get("ExtendedOffsetTable"), dataset.get("ExtendedOffsetTableLengths")
         table = offsets if None not in offsets else None
-        rows, columns = int(dataset.Rows), int(dataset.Columns)
         for codestream in generate_frames(data, number_of_frames=frames, extended_offsets=table):
-            refuse_other_size(codestream, rows, columns)
+            refuse_other_size(codestream, *size[:2])
         return
-    expected = get_expected_length(dataset)
+    bits = frames * size[0] * size[1] * size[2] * int(dataset.get("BitsAllocated") or 8)
+    expected = (bits * 2 // 3 if dataset.get("PhotometricInterpretation") == "YBR_FULL_422" else bits + 7) // 8
     if len(data) < expected:
         raise ValueError(f"holds {len(data)} bytes of pixels where its header says {expected}")

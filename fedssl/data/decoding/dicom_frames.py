@@ -3,6 +3,8 @@
 The chain of PS3.3, C.11 and PS3.4, N.2: stored values -> modality LUT or rescale -> VOI LUT or window -> polarity.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float, Shaped
 from pydicom import Dataset
@@ -26,19 +28,24 @@ _PLAIN = ("ModalityLUTSequence", "VOILUTSequence", *(name for names in _GROUPS.v
 
 def frame_facts(dataset: Dataset, number: int) -> Dataset:
     """Collect the transforms and the place of one frame: its own functional groups, the shared ones, the top level."""
+    if "SharedFunctionalGroupsSequence" not in dataset and "PerFrameFunctionalGroupsSequence" not in dataset:
+        return dataset
     facts = Dataset()
-    for name in _PLAIN:
-        if name in dataset:
-            facts.add(dataset[name])
+    facts.file_meta = dataset.file_meta
+    _take(facts, dataset, _PLAIN)
     per_frame = dataset.get("PerFrameFunctionalGroupsSequence") or []
     own = [per_frame[number]] if number < len(per_frame) else []
     for groups in [*(dataset.get("SharedFunctionalGroupsSequence") or []), *own]:
         for macro, names in _GROUPS.items():
             for item in groups.get(macro) or []:
-                for name in names:
-                    if name in item:
-                        facts.add(item[name])
+                _take(facts, item, names)
     return facts
+
+
+def _take(facts: Dataset, source: Dataset, names: Sequence[str]) -> None:
+    for name in names:
+        if name in source:
+            facts.add(source[name])
 
 
 def picture_of(stored: Shaped[np.ndarray, "..."], dataset: Dataset, number: int) -> Picture:
@@ -66,7 +73,7 @@ def picture_of(stored: Shaped[np.ndarray, "..."], dataset: Dataset, number: int)
         return Picture(values, Meaning.HOUNSFIELD, bits, window[:2], False, None, position, plane)  # noqa: FBT003
     if modality in _WITHOUT_SCALE | {"CT"}:
         return Picture(values, Meaning.RAW, bits, SOFT_TISSUE, inverted, padding, position, plane)
-    grey = _display(values, dataset, facts, bits, padding)
+    grey = _display(values, facts, bits, padding)
     grey = 1.0 - grey if inverted else grey
     grey = grey if padding is None else np.where(padding, np.float32(0.0), grey)
     return Picture(grey.astype(np.float32), Meaning.DISPLAY, bits, SOFT_TISSUE, False, padding, position, plane)  # noqa: FBT003
@@ -100,11 +107,10 @@ def _modality(stored: Shaped[np.ndarray, "..."], facts: Dataset) -> Shaped[np.nd
 
 
 def _display(
-    values: Shaped[np.ndarray, "..."], dataset: Dataset, facts: Dataset, bits: int, padding: np.ndarray | None
+    values: Shaped[np.ndarray, "..."], facts: Dataset, bits: int, padding: np.ndarray | None
 ) -> Float[np.ndarray, "rows columns"]:
     """Grey from 0 to 1: VOI LUT, else window, else the range of 8 bits or less, else robust percentiles."""
     if facts.get("VOILUTSequence") and np.issubdtype(values.dtype, np.integer):
-        facts.file_meta = dataset.file_meta
         top = 2 ** int(facts.VOILUTSequence[0].LUTDescriptor[2]) - 1
         return (apply_voi(values, facts) / top).clip(0.0, 1.0).astype(np.float32)
     window = _window(facts)

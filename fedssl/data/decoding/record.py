@@ -7,13 +7,14 @@ import numpy as np
 from jaxtyping import Float, Shaped
 from PIL import Image
 
-from fedssl.data.decoding.picture import Meaning, Picture, inside, robust_range
+from fedssl.data.decoding.picture import Meaning, Picture, inside
 
 LAYOUTS = {"grey8": ("|u1", 1), "grey16": ("<u2", 1), "rgb8": ("|u1", 3)}  # name -> dtype, channels
 LEVELS = (0.0, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0)
 HASH_EDGE = 16
 _HOUNSFIELD_ZERO = 32768.0
-_SAMPLE_EDGE = 256  # pixels on a side of the grid on which percentiles are taken
+_SAMPLE_EDGE = 128  # pixels on a side, at least, of the grid on which percentiles are taken
+_BINS = 2**16
 _LEAST_STEP = 2.0  # of 255: smaller differences are no edge for the perceptual hash
 
 
@@ -55,9 +56,9 @@ class Record:
 
 def record(picture: Picture, edge: int) -> Record:
     """Shrink a picture into a square of ``edge`` pixels, aspect ratio kept, and describe it."""
-    sample = _sample(picture)
-    quantiles = np.quantile(sample, LEVELS)
-    low, high = _range(picture, sample)
+    spread = _Spread(_sample(picture))
+    quantiles = spread.quantiles()
+    low, high = _range(picture, quantiles)
     fill = low if picture.meaning in (Meaning.RAW, Meaning.DISPLAY) else 0.0
     square = fit_square(_filled(picture, fill), edge, -1024.0 if picture.meaning is Meaning.HOUNSFIELD else fill)
     layout, stored, scale, offset = _stored(picture, square)
@@ -65,7 +66,7 @@ def record(picture: Picture, edge: int) -> Record:
     return Record(
         picture.meaning, layout, stored.tobytes(), scale, offset, low, high, quantiles.tolist(), _digest(picture),
         difference_hash(small), difference_hash(np.rot90(small)), picture.values.shape[0], picture.values.shape[1],
-        picture.position, picture.plane, " ".join(_flags(picture, sample, quantiles, low, high)),
+        picture.position, picture.plane, " ".join(_flags(picture, spread, quantiles, low, high)),
     )  # fmt: skip
 
 
@@ -77,11 +78,32 @@ def _sample(picture: Picture) -> Float[np.ndarray, " pixels"]:
     return inside(thin).astype(np.float32)
 
 
-def _range(picture: Picture, sample: Float[np.ndarray, " pixels"]) -> tuple[float, float]:
+class _Spread:
+    """The distribution of a sample: a histogram of up to 65,536 bins, many times faster than sorting."""
+
+    def __init__(self, sample: Float[np.ndarray, " pixels"]) -> None:
+        self.least, self.most = float(sample.min()), float(sample.max())
+        span = self.most - self.least
+        whole = span < _BINS and bool((sample == np.rint(sample)).all())
+        self.step = 1.0 if whole or span == 0 else span / (_BINS - 1)
+        counts = np.bincount(np.rint((sample - self.least) / self.step).astype(np.int64))
+        self.below = np.cumsum(counts) / len(sample)
+
+    def quantiles(self) -> Float[np.ndarray, " levels"]:
+        """Values at ``LEVELS``: the smallest value that the share of the sample does not pass."""
+        return self.least + self.step * np.searchsorted(self.below, np.asarray(LEVELS) - 1e-12)
+
+    def share_below(self, place: float) -> float:
+        """Share of the sample up to ``place`` (0 to 1) of its range."""
+        return float(self.below[int(place * (len(self.below) - 1))])
+
+
+def _range(picture: Picture, quantiles: Float[np.ndarray, " levels"]) -> tuple[float, float]:
     if picture.meaning is Meaning.HOUNSFIELD:
         return picture.window
     if picture.meaning is Meaning.RAW:
-        return robust_range(Picture(sample, Meaning.RAW, picture.bits, inverted=picture.inverted))
+        low, high = float(quantiles[LEVELS.index(0.005)]), float(quantiles[LEVELS.index(0.995)])
+        return (high, low) if picture.inverted else (low, high)
     return (0.0, 1.0) if picture.meaning is Meaning.DISPLAY else (0.0, 255.0)
 
 
@@ -153,21 +175,19 @@ def _digest(picture: Picture) -> bytes:
 
 
 def _flags(
-    picture: Picture, sample: Float[np.ndarray, " pixels"], quantiles: np.ndarray, low: float, high: float
+    picture: Picture, spread: _Spread, quantiles: Float[np.ndarray, " levels"], low: float, high: float
 ) -> list[str]:
     """Name what looks wrong: ``constant``, ``wrong-sign``, ``half-empty``.
 
     wrong-sign: the values span nearly all that the bits can hold and lie at both ends with nothing between, as signed
     values read as unsigned do. half-empty: what is shown uses less than half of black to white.
     """
-    least, most = float(quantiles[0]), float(quantiles[-1])
-    if least == most:
+    if spread.least == spread.most:
         return ["constant"]
     flags = []
-    place = (sample - least) / (most - least)
-    between, below, above = np.mean((place > 0.25) & (place < 0.75)), np.mean(place <= 0.25), np.mean(place >= 0.75)
-    wide = picture.bits > 8 and most - least > 0.9 * 2**picture.bits
-    if wide and between < 0.01 and min(below, above) > 0.1:
+    first, last = spread.share_below(0.25), spread.share_below(0.75)
+    wide = picture.bits > 8 and spread.most - spread.least > 0.9 * 2**picture.bits
+    if wide and last - first < 0.01 and min(first, 1.0 - last) > 0.1:
         flags.append("wrong-sign")
     seen = np.clip((quantiles[[2, -3]] - low) / (high - low if high != low else 1.0), 0.0, 1.0)
     if picture.meaning is not Meaning.COLOUR and abs(float(seen[1] - seen[0])) < 0.5:

@@ -83,7 +83,7 @@ def _decode(request: dict[str, Any], edge: int, policy: Policy) -> dict[str, Any
     header, pictures = opened
     records, pixels = [], []
     for picture in pictures:
-        made = asdict(record(picture, edge))
+        made = dict(vars(record(picture, edge)))
         pixels.append(made.pop("data"))
         records.append({key: value.hex() if isinstance(value, bytes) else value for key, value in made.items()})
     after = os.stat(path)  # noqa: PTH116

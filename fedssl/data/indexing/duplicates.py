@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Int, UInt8, UInt32
 from scipy.ndimage import gaussian_filter
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
@@ -22,7 +22,7 @@ LEAST_EDGES = 32  # set bits: below, an image has too little structure to be tol
 LEAST_CORRELATION = 0.88
 LEAST_EDGE = 64  # pixels on a side: smaller records do not keep enough fine structure, and only exact copies are found
 _FINE_EDGE, _FINE_SIGMA = 96, 1.5
-_BANDS = 8
+_CHUNK = 2**16
 _NEIGHBOURS = 4
 _POPULATION = np.array([value.bit_count() for value in range(256)], np.uint8)
 _MIXED = np.random.default_rng(0).permutation(256)  # spreads flat regions of images over all bands
@@ -102,9 +102,12 @@ def _candidates(
     return np.array(sorted(found), np.int64).reshape(-1, 2)
 
 
-def _bands(hashes: UInt8[np.ndarray, "images 32"]) -> Int[np.ndarray, "images 8"]:
-    mixed = np.packbits(np.unpackbits(hashes, axis=1)[:, _MIXED], axis=1)
-    return np.ascontiguousarray(mixed).view(">u4").astype(np.int64).reshape(len(hashes), _BANDS)
+def _bands(hashes: UInt8[np.ndarray, "images 32"]) -> UInt32[np.ndarray, "images 8"]:
+    mixed = np.empty_like(hashes)
+    for start in range(0, len(hashes), _CHUNK):  # unpacked bits take eight times the memory
+        piece = slice(start, start + _CHUNK)
+        mixed[piece] = np.packbits(np.unpackbits(hashes[piece], axis=1)[:, _MIXED], axis=1)
+    return mixed.view(">u4").astype(np.uint32)
 
 
 def _without(pairs: Pairs, others: Pairs) -> Pairs:

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -16,7 +17,7 @@ from fedssl.data.indexing.scan import Found, scan
 from fedssl.data.indexing.walk import order_of
 from fedssl.data.pseudonym import pseudonym, public_hash
 
-_NOTICE_EVERY = 100
+_NOTICE_EVERY_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,6 @@ def ingest(
             memory_gb=decoding.memory_gb, timeout_s=decoding.timeout_s,
         ):  # fmt: skip
             writer.add(*_rows_of(answer, secret), answer.pixels)
-            seen.decoded += 1
             seen.tell()
     finally:
         seen.stop()
@@ -166,8 +166,7 @@ class _Seen:
 
     def __init__(self, root: Path, total: int | None) -> None:
         self.scanned = 0
-        self.decoded = 0
-        self.told = -1
+        self.told = 0.0
         self.total = total or 0
         self.stopping = threading.Event()
         if total is None:
@@ -183,11 +182,13 @@ class _Seen:
         self.total = total
 
     def tell(self, *, last: bool = False) -> None:
-        """Publish progress every hundred files."""
-        if last or self.scanned - self.told >= _NOTICE_EVERY:
-            self.told = self.scanned
-            total = self.scanned if last else max(self.total, self.scanned + 1)
-            progress.publish(progress.Done("indexing files", self.scanned, total))
+        """Publish progress every half second."""
+        now = time.monotonic()
+        if last or now - self.told >= _NOTICE_EVERY_S:
+            self.told = now
+            counted = self.total > self.scanned
+            total = self.scanned if last else self.total if counted else self.scanned + 1
+            progress.publish(progress.Done("indexing files", self.scanned, total, growing=not (counted or last)))
 
     def stop(self) -> None:
         """End the counting walk."""

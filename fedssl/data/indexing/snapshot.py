@@ -60,10 +60,9 @@ def build_snapshot(folder: Path, target: Path, dead: Dead, identities: Identitie
             partition.unlink()
             progress.publish(progress.Done("building the index", int(partition.stem[4:]) + 1, 2**bits))
             summary.add_images(table)
-        found, groups = _groups(folder, names, made, identities.linked(), edge)
-        summary.add_duplicates(found, groups)
         _list_unreadable(folder, names, dead, made / "unreadable.csv", summary)
         summary.refuse_unusable()
+        summary.add_duplicates(*_groups(folder, names, made, identities.linked(), edge))
         write_json(made / "summary.json", summary.as_dict(), "the index")
         write_json(made / "parts.json", names, "the index")
     return summary.as_dict()
@@ -168,37 +167,34 @@ def _groups(
     """Find duplicates over all partitions and join their patients; the group of each row goes into its own file."""
     paths = sorted(made.glob("data-*.parquet"))
     columns = ["part", "layout", "slot", "patient", "digest", "hash", "hash_turned", "flags"]
-    tables = [pq.read_table(path, columns=columns) for path in paths]
-    if not tables:
-        return Duplicates(*(np.empty((0, 2), np.int64) for _ in range(3))), np.empty(0, np.int64)
-    table = pa.concat_tables(tables)
+    table = pa.concat_tables(pq.read_table(path, columns=columns, read_dictionary=["patient"]) for path in paths)
     shards = Shards(folder, names, edge)
     where = [_numbers(table, name) for name in ("part", "layout", "slot")]
-    constant = np.array(["constant" in flags for flags in table["flags"].to_pylist()], bool)
+    constant = pa.compute.match_substring(table["flags"], "constant").to_numpy()
     read = None if edge < LEAST_EDGE else lambda row: shards.grey(*(int(column[row]) for column in where))
     digests, hashes, turned = (_bytes(table, name) for name in ("digest", "hash", "hash_turned"))
     found = find_duplicates(digests, hashes, turned, constant, read)
-    patients, code = np.unique(np.asarray(table["patient"].to_pylist()), return_inverse=True)
-    number = {name: place for place, name in enumerate(patients.tolist())}
+    patients = table["patient"].unify_dictionaries().combine_chunks()
+    patients = patients if isinstance(patients, pa.DictionaryArray) else patients.chunk(0)
+    code, number = patients.indices.to_numpy(), {name: n for n, name in enumerate(patients.dictionary.to_pylist())}
     links = [(number[a], number[b]) for a, b in linked if a in number and b in number]
     pairs = np.concatenate([code[found.every()], np.array(links, np.int64).reshape(-1, 2)])
-    groups = _by_first_row(joined(len(patients), pairs)[code])
+    groups = _by_first_row(joined(len(number), pairs)[code])
     copies = _by_first_row(joined(table.num_rows, found.every()))
     start = 0
-    for path, piece in zip(paths, tables, strict=True):
-        here = slice(start, start + piece.num_rows)
-        columns_of = pa.table(
-            {"group": pa.array(groups[here], pa.int32()), "copies": pa.array(copies[here], pa.int32())}
-        )
-        pq.write_table(columns_of, path.with_name(path.name.replace("data", "groups")))
-        start += piece.num_rows
+    for path in paths:
+        here = slice(start, start + pq.read_metadata(path).num_rows)
+        pair = pa.table({"group": pa.array(groups[here], pa.int32()), "copies": pa.array(copies[here], pa.int32())})
+        pq.write_table(pair, path.with_name(path.name.replace("data", "groups")))
+        start = here.stop
     return found, code
 
 
 def _bytes(table: pa.Table, column: str) -> np.ndarray:
     width = table.schema.field(column).type.byte_width
-    joined_bytes = b"".join(table[column].to_pylist())
-    return np.frombuffer(joined_bytes, np.uint8).reshape(-1, width)
+    chunks = [chunk for chunk in table[column].chunks if len(chunk)]
+    rows = [np.frombuffer(chunk.buffers()[1], np.uint8).reshape(-1, width) for chunk in chunks]
+    return np.concatenate([row[chunk.offset :][: len(chunk)] for row, chunk in zip(rows, chunks, strict=True)])
 
 
 def _by_first_row(numbers: np.ndarray) -> np.ndarray:
