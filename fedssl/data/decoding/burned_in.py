@@ -29,17 +29,16 @@ def risk(dataset: Dataset) -> str:
     stated = str(dataset.get("BurnedInAnnotation") or "").upper()
     if stated == "YES":
         return "said to have burned-in text"
-    if _has_overlay(dataset):
-        return "overlay"
     if _SCREEN_WORDS & {str(word).upper() for word in dataset.get("ImageType") or ()}:
         return "screenshot"
-    return "" if stated == "NO" else _unstated(dataset)
+    found = "" if stated == "NO" else _unstated(dataset)
+    return found or ("overlay" if _has_overlay(dataset) else "")
 
 
 def _unstated(dataset: Dataset) -> str:
     if str(dataset.get("Modality") or "") in _ULTRASOUND:
         return "ultrasound without a statement"
-    if str(dataset.get("SOPClassUID") or "").startswith(_SECONDARY_CAPTURE) or dataset.get("ConversionType"):
+    if f"{dataset.get('SOPClassUID')}.".startswith(f"{_SECONDARY_CAPTURE}.") or dataset.get("ConversionType"):
         return "secondary capture without a statement"
     return ""
 

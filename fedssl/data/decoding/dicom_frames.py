@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Float, Shaped
 from pydicom import Dataset
 from pydicom.multival import MultiValue
-from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi
+from pydicom.pixels import apply_color_lut
 
-from fedssl.data.decoding.picture import SOFT_TISSUE, Meaning, Picture
+from fedssl.data.decoding.picture import SOFT_TISSUE, Meaning, Picture, without_holes
 
 _WITHOUT_SCALE = {"MR", "US", "IVUS", "NM", "PT", "OPT"}
 _AIR = -1024.0
@@ -56,13 +56,13 @@ def picture_of(stored: Shaped[np.ndarray, "..."], dataset: Dataset, number: int)
     COLOR (0028,1101-1203) and three samples become 8-bit RGB.
     """
     bits = int(dataset.get("BitsStored") or dataset.get("BitsAllocated") or 8)
+    stored = stored.astype(stored.dtype.newbyteorder("="), copy=False)
     if stored.ndim == 3:
         return Picture(_eight_bits(stored, bits), Meaning.COLOUR, 8)
     if dataset.get("PhotometricInterpretation") == "PALETTE COLOR":
-        colours = apply_color_lut(stored, dataset)
-        return Picture(_eight_bits(colours, 8 * colours.dtype.itemsize), Meaning.COLOUR, 8)
+        return Picture(_coloured(stored, dataset), Meaning.COLOUR, 8)
     facts = frame_facts(dataset, number)
-    padding = _padding(stored, dataset)
+    stored, padding = without_holes(stored, _padding(stored, dataset))
     position, plane = _place(facts)
     inverted = dataset.get("PhotometricInterpretation") == "MONOCHROME1"
     values = _modality(stored, facts)
@@ -85,13 +85,39 @@ def _eight_bits(colours: Shaped[np.ndarray, "..."], bits: int) -> Shaped[np.ndar
     return np.rint(colours.astype(np.float64) * (255.0 / (2**bits - 1))).clip(0, 255).astype(np.uint8)
 
 
+def _coloured(stored: Shaped[np.ndarray, "rows columns"], dataset: Dataset) -> Shaped[np.ndarray, "rows columns 3"]:
+    """Look stored values up in the palettes (PS3.3, C.7.6.3.1.5 and .6); 8-bit entries may lie in 16 bits."""
+    if "RedPaletteColorLookupTableData" not in dataset:  # segmented (C.7.9.2)
+        colours = apply_color_lut(stored, dataset)[..., :3]
+        return _eight_bits(colours, 8 * colours.dtype.itemsize)
+    planes = []
+    for name in ("Red", "Green", "Blue"):
+        descriptor = dataset[f"{name}PaletteColorLookupTableDescriptor"].value
+        data = dataset[f"{name}PaletteColorLookupTableData"].value
+        planes.append(_looked_up(stored, descriptor, data, dataset))
+    return _eight_bits(np.stack(planes, -1), int(descriptor[2]))
+
+
+def _looked_up(
+    values: Shaped[np.ndarray, "rows columns"], descriptor: Sequence[int], data: object, dataset: Dataset
+) -> Shaped[np.ndarray, "rows columns"]:
+    """Look values up in a table; values beyond its ends take its first or last entry (PS3.3, C.11.1.1)."""
+    count, first = int(descriptor[0]) or 65536, int(descriptor[1])
+    if isinstance(data, bytes):
+        order = "<u2" if dataset.file_meta.TransferSyntaxUID.is_little_endian else ">u2"
+        data = np.frombuffer(data, order if len(data) >= 2 * count else np.uint8)
+    place = np.clip(np.rint(values).astype(np.int64) - first, 0, count - 1)
+    return np.asarray(data, np.uint16)[place]
+
+
 def _padding(stored: Shaped[np.ndarray, "..."], dataset: Dataset) -> Shaped[np.ndarray, "..."] | None:
     """Mark PixelPaddingValue (0028,0120), up to PixelPaddingRangeLimit (0028,0121) where given (PS3.3, C.7.5.1.1.2)."""
     first = dataset.get("PixelPaddingValue")
     if first is None or not np.issubdtype(stored.dtype, np.integer):
         return None
     last = dataset.get("PixelPaddingRangeLimit")
-    low, high = sorted((int(first), int(first if last is None else last)))
+    ends = [int(first), int(first if last is None else last)]
+    low, high = sorted(np.array(ends).astype(stored.dtype).tolist())  # files may call a negative value unsigned
     mask = (stored >= low) & (stored <= high)
     return mask if mask.any() else None
 
@@ -99,7 +125,8 @@ def _padding(stored: Shaped[np.ndarray, "..."], dataset: Dataset) -> Shaped[np.n
 def _modality(stored: Shaped[np.ndarray, "..."], facts: Dataset) -> Shaped[np.ndarray, "..."]:
     """Modality LUT (0028,3000), or slope (0028,1053) and intercept (0028,1052); integers stay as they are without."""
     if facts.get("ModalityLUTSequence"):
-        return apply_modality_lut(stored, facts)
+        item = facts.ModalityLUTSequence[0]
+        return _looked_up(stored, item.LUTDescriptor, item.LUTData, facts)
     slope, intercept = _first(facts, "RescaleSlope"), _first(facts, "RescaleIntercept")
     if slope in (None, 1.0) and intercept in (None, 0.0):
         return stored if stored.dtype.itemsize <= 2 else stored.astype(np.float32)
@@ -110,14 +137,18 @@ def _display(
     values: Shaped[np.ndarray, "..."], facts: Dataset, bits: int, padding: np.ndarray | None
 ) -> Float[np.ndarray, "rows columns"]:
     """Grey from 0 to 1: VOI LUT, else window, else the range of 8 bits or less, else robust percentiles."""
-    if facts.get("VOILUTSequence") and np.issubdtype(values.dtype, np.integer):
-        top = 2 ** int(facts.VOILUTSequence[0].LUTDescriptor[2]) - 1
-        return (apply_voi(values, facts) / top).clip(0.0, 1.0).astype(np.float32)
+    if facts.get("VOILUTSequence"):
+        item = facts.VOILUTSequence[0]
+        top = 2 ** int(item.LUTDescriptor[2]) - 1
+        return (_looked_up(values, item.LUTDescriptor, item.LUTData, facts) / top).clip(0.0, 1.0).astype(np.float32)
     window = _window(facts)
     if window:
         return windowed(values.astype(np.float32), *window)
+    if facts.get("ModalityLUTSequence"):
+        bits = int(facts.ModalityLUTSequence[0].LUTDescriptor[2])
     if bits <= 8 and np.issubdtype(values.dtype, np.integer):
-        return (values / float(2**bits - 1)).clip(0.0, 1.0).astype(np.float32)
+        least = -(2 ** (bits - 1)) if np.issubdtype(values.dtype, np.signedinteger) else 0
+        return ((values.astype(np.float32) - least) / float(2**bits - 1)).clip(0.0, 1.0).astype(np.float32)
     kept = values if padding is None or padding.all() else values[~padding]
     low, high = np.percentile(kept, [0.5, 99.5])
     return ((values - low) / (high - low if high > low else 1.0)).clip(0.0, 1.0).astype(np.float32)
@@ -128,7 +159,9 @@ def windowed(
 ) -> Float[np.ndarray, "rows columns"]:
     """Apply a window between ``low`` and ``high``; SIGMOID as in PS3.3, C.11.2.1.3.1, else linear."""
     if function == "SIGMOID":
-        return 1.0 / (1.0 + np.exp(-4.0 * (values - (low + high) / 2.0) / (high - low)))
+        return 1.0 / (1.0 + np.exp(np.clip(-4.0 * (values - (low + high) / 2.0) / (high - low), -80.0, 80.0)))
+    if high <= low:  # a LINEAR window of width 1
+        return (values > low).astype(np.float32)
     return ((values - low) / (high - low)).clip(0.0, 1.0)
 
 
@@ -136,7 +169,7 @@ def _window(facts: Dataset) -> tuple[float, float, str] | None:
     """Return the values shown as black and white and the function: C.11.2.1.2.1 (LINEAR) or C.11.2.1.3.2 (exact)."""
     centre, width = _first(facts, "WindowCenter"), _first(facts, "WindowWidth")
     function = str(facts.get("VOILUTFunction") or "LINEAR")
-    if centre is None or width is None or width < 1 or (width == 1 and function == "LINEAR"):
+    if centre is None or width is None or width <= 0 or (width < 1 and function == "LINEAR"):
         return None
     if function == "LINEAR":
         return centre - width / 2.0, centre + width / 2.0 - 1.0, function

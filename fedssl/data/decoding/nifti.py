@@ -7,7 +7,7 @@ from io import BufferedIOBase, BytesIO
 import nibabel as nib
 import numpy as np
 
-from fedssl.data.decoding.picture import Meaning, Picture, refuse_absurd
+from fedssl.data.decoding.picture import Meaning, Picture, refuse_absurd, without_holes
 
 _MOST_BYTES = 2**31
 
@@ -55,7 +55,8 @@ def _load(data: bytes, *, compressed: bool) -> nib.Nifti1Image:
 
 
 def _picture(values: np.ndarray, bits: int, position: float, modality: str) -> Picture:
+    values, padding = without_holes(values.astype(values.dtype.newbyteorder("="), copy=False), None)
     if modality == "CT":
         return Picture(values.astype(np.float32), Meaning.HOUNSFIELD, bits, position=position, plane="axial")
     kept = values if values.dtype.itemsize <= 2 and values.dtype.kind in "iu" else values.astype(np.float32)
-    return Picture(np.ascontiguousarray(kept), Meaning.RAW, bits, position=position, plane="axial")
+    return Picture(np.ascontiguousarray(kept), Meaning.RAW, bits, padding=padding, position=position, plane="axial")

@@ -64,6 +64,17 @@ def refuse_absurd(rows: int, columns: int, samples: int, frames: int) -> None:
         raise ValueError(f"is said to hold {frames} frames; the most is {MAX_FRAMES}")
 
 
+def without_holes(
+    values: Shaped[np.ndarray, "..."], padding: Bool[np.ndarray, "rows columns"] | None
+) -> tuple[Shaped[np.ndarray, "..."], Bool[np.ndarray, "rows columns"] | None]:
+    """Take not-a-number and infinity for padding, and put the least finite value there."""
+    finite = np.isfinite(values)
+    if finite.all():
+        return values, padding
+    least = values[finite].min() if finite.any() else 0
+    return np.where(finite, values, least).astype(values.dtype), ~finite if padding is None else padding | ~finite
+
+
 def shown(picture: Picture) -> Float[np.ndarray, "..."]:
     """Grey values from 0 (black) to 1 (white), or colour from 0 to 1, as a screen would show this picture alone."""
     values = picture.values.astype(np.float32)

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from io import BytesIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from fedssl.data.decoding.picture import MAX_PIXELS, Meaning, Picture, refuse_absurd
+from fedssl.data.decoding.picture import MAX_PIXELS, Meaning, Picture, refuse_absurd, without_holes
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
@@ -25,12 +25,12 @@ def pictures(data: bytes) -> Iterator[Picture]:
         for number in range(frames):
             image.seek(number)
             refuse_absurd(image.height, image.width, len(image.getbands()), frames)
-            yield _picture(image)
+            yield _picture(ImageOps.exif_transpose(image))
 
 
 def _picture(image: Image.Image) -> Picture:
     if image.mode in {"I", "F"} or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.float32)
+        values, _ = without_holes(np.asarray(image).astype(np.float32), None)
         low, high = np.percentile(values, [0.5, 99.5])
         grey = np.clip((values - low) / max(float(high - low), 1e-6), 0.0, 1.0)
         return Picture(grey.astype(np.float32), Meaning.DISPLAY, 16)

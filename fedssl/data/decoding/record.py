@@ -14,7 +14,8 @@ LEVELS = (0.0, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 
 HASH_EDGE = 16
 _HOUNSFIELD_ZERO = 32768.0
 _SAMPLE_EDGE = 128  # pixels on a side, at least, of the grid on which percentiles are taken
-_BINS = 2**16
+_BINS, _LEAST_BINS = 2**16, 1024
+_MARGIN = 4.0  # of the span of nearly all values: what lies farther out is cut before 16 bits are chosen
 _LEAST_STEP = 2.0  # of 255: smaller differences are no edge for the perceptual hash
 
 
@@ -61,7 +62,7 @@ def record(picture: Picture, edge: int) -> Record:
     low, high = _range(picture, quantiles)
     fill = low if picture.meaning in (Meaning.RAW, Meaning.DISPLAY) else 0.0
     square = fit_square(_filled(picture, fill), edge, -1024.0 if picture.meaning is Meaning.HOUNSFIELD else fill)
-    layout, stored, scale, offset = _stored(picture, square)
+    layout, stored, scale, offset = _stored(picture, square, quantiles)
     small = shrunk(np.asarray(_grey(square, low, high)), HASH_EDGE + 1)
     return Record(
         picture.meaning, layout, stored.tobytes(), scale, offset, low, high, quantiles.tolist(), _digest(picture),
@@ -79,10 +80,14 @@ def _sample(picture: Picture) -> Float[np.ndarray, " pixels"]:
 
 
 class _Spread:
-    """The distribution of a sample: a histogram of up to 65,536 bins, many times faster than sorting."""
+    """The distribution of a sample: a histogram of up to 65,536 bins, many times faster than sorting.
+
+    Where a few far values leave the others only a handful of bins, the sample is sorted after all.
+    """
 
     def __init__(self, sample: Float[np.ndarray, " pixels"]) -> None:
         self.least, self.most = float(sample.min()), float(sample.max())
+        self.sample = sample
         span = self.most - self.least
         whole = span < _BINS and bool((sample == np.rint(sample)).all())
         self.step = 1.0 if whole or span == 0 else span / (_BINS - 1)
@@ -91,7 +96,10 @@ class _Spread:
 
     def quantiles(self) -> Float[np.ndarray, " levels"]:
         """Values at ``LEVELS``: the smallest value that the share of the sample does not pass."""
-        return self.least + self.step * np.searchsorted(self.below, np.asarray(LEVELS) - 1e-12)
+        bins = np.searchsorted(self.below, np.asarray(LEVELS) - 1e-12)
+        if self.step != 1.0 and bins[-3] - bins[2] < _LEAST_BINS:
+            return np.quantile(self.sample, LEVELS, method="inverted_cdf").astype(np.float64)
+        return self.least + self.step * bins
 
     def share_below(self, place: float) -> float:
         """Share of the sample up to ``place`` (0 to 1) of its range."""
@@ -131,7 +139,9 @@ def fit_square(values: Shaped[np.ndarray, "..."], edge: int, fill: float) -> Sha
     return square
 
 
-def _stored(picture: Picture, square: Shaped[np.ndarray, "..."]) -> tuple[str, Shaped[np.ndarray, "..."], float, float]:
+def _stored(
+    picture: Picture, square: Shaped[np.ndarray, "..."], quantiles: Float[np.ndarray, " levels"]
+) -> tuple[str, Shaped[np.ndarray, "..."], float, float]:
     """Choose the smallest layout that keeps the values: (layout, stored, scale, offset)."""
     if picture.meaning is Meaning.COLOUR:
         return "rgb8", square, 1.0, 0.0
@@ -142,7 +152,9 @@ def _stored(picture: Picture, square: Shaped[np.ndarray, "..."]) -> tuple[str, S
     if picture.meaning is Meaning.DISPLAY:
         top = 255 if picture.bits <= 8 else 65535
         return ("grey8" if top == 255 else "grey16"), _quantised(square * top, top), 1.0 / top, 0.0
-    least, most = float(square.min()), float(square.max())
+    first, last = float(quantiles[1]), float(quantiles[-2])
+    least = max(float(square.min()), first - _MARGIN * (last - first)) if last > first else float(square.min())
+    most = min(float(square.max()), last + _MARGIN * (last - first)) if last > first else float(square.max())
     scale = (most - least) / 65535.0 or 1.0
     return "grey16", _quantised((square - least) / scale, 65535), scale, least
 

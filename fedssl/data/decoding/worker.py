@@ -64,7 +64,7 @@ def answer(request: dict[str, Any], edge: int, policy: Policy) -> tuple[bytes, b
     except MemoryError:
         found = _unreadable("needs more memory than data.worker_memory_gb allows")
     except OSError as error:
-        found = {**_unreadable(reason_of(error)), "again": True}
+        found = {**_unreadable(reason_of(error)), "again": error.errno is not None}
     except Exception as error:  # noqa: BLE001 - decoders raise anything; one bad file never stops the rest
         found = _unreadable(reason_of(error))
     pixels = b"".join(found.pop("pixels", ()))
