@@ -90,11 +90,11 @@ def mirrored(config: Config, *, refresh: bool) -> Path:
     from fedssl.data.dicomweb import pull
 
     data = config["data"]
-    address = json.dumps([data["root"], sorted(data["filters"].items())])
+    address = json.dumps([data["root"], sorted((data["filters"] or {}).items())])
     root = _store_base(config) / f"pacs-{hashlib.sha256(address.encode()).hexdigest()[:12]}"
     mirror = root / "images" / "pacs"
     if refresh or not mirror.exists():
-        pulled = pull(data["root"], mirror, site_secret(root), filters=data["filters"])
+        pulled = pull(data["root"], mirror, site_secret(root), filters=data["filters"] or {})
         text = f"PACS: {pulled.instances} images match, {pulled.new} new, {pulled.present} were here."
         failures = "; ".join(f"{count} x {reason}" for reason, count in pulled.failed.items())
         progress.publish(progress.Note(text + (f" Not pulled: {failures}" if failures else "")))

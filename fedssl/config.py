@@ -143,6 +143,7 @@ def _check(config: Config) -> None:
         (_positive(data["decode_timeout_s"]), "data.decode_timeout_s must be above 0"),
         (data["budget_gb"] is None or _positive(data["budget_gb"]), "data.budget_gb must be null or above 0"),
         (data["patient_from"] in {"auto", "file"}, "data.patient_from must be auto or file"),
+        (data["filters"] is None or isinstance(data["filters"], dict), "data.filters must be {KEYWORD: value, ...}"),
         (_share(config["augment"]["ct_windows"], top=True), "augment.ct_windows must lie between 0 and 1"),
         (_whole(evaluation["seeds"], 1), "evaluation.seeds must be a whole number of at least 1"),
         (_whole(evaluation["bootstrap"], 10), "evaluation.bootstrap must be a whole number of at least 10"),
