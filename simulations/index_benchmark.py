@@ -75,6 +75,7 @@ def _many_rows(folder: Path, count: int) -> None:
         file = f"site/{number // _PER_PATIENT:06d}/{number:09d}.dcm"
         known = {
             "file": file, "bytes": 1, "modified_ns": 1, "site": "site", "kind": "image", "reason": "", "again": False,
+            "limits": "",
             "risk": "",
         }  # fmt: skip
         writer.add(known, [_row(file, number)], bytes(_EDGE * _EDGE))

@@ -6,6 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fedssl.errors import DataError
+
 _GROUPS = {"group", "copies"}
 
 
@@ -31,7 +33,10 @@ class Index:
         paths = [
             path.with_name(path.name.replace("data", "groups")) if name in _GROUPS else path for path in self.paths
         ]
-        tables = [pq.read_table(path, columns=[name], read_dictionary=[name], memory_map=True) for path in paths]
+        try:
+            tables = [pq.read_table(path, columns=[name], read_dictionary=[name], memory_map=True) for path in paths]
+        except FileNotFoundError as error:
+            raise DataError("The index was renewed twice since it was opened. Start the command again.") from error
         values = pa.concat_tables(tables).column(0)
         if not pa.types.is_dictionary(values.type):
             return values.to_numpy()

@@ -24,7 +24,7 @@ from fedssl.data.shards import Shards
 from fedssl.errors import DataError, StorageError
 from fedssl.storage import exclusive, write_json
 
-_FORMAT = 3
+_FORMAT = 4  # raise it when what a record or a row holds changes: old caches are then built again
 _DECODERS = (
     "nibabel", "pillow", "pydicom", "pyjpegls", "pylibjpeg", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle",
     "python-gdcm",
@@ -104,7 +104,8 @@ class Store:
     def _refresh(self) -> None:
         self.journal.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_json(self.journal / "settings.json", self.settings, "the index")
-        _sweep(self.journal)
+        _sweep(self.journal, ".*.tmp")
+        _sweep(self.folder, ".pixels-*.tmp")
         secret = site_secret(self.folder)
         root = self.source.root
         manifest = read_manifest(root) if root.is_file() else None
@@ -139,7 +140,7 @@ class Store:
     def _drop_damaged(self) -> None:
         damaged = journal.damaged_parts(self.journal)
         for name in damaged:
-            shutil.rmtree(self.journal / name)
+            journal.remove_part(self.journal, name)
         if damaged:
             text = f"{len(damaged)} parts of the image cache were damaged; their files are decoded again."
             progress.publish(progress.Note(text, alarm=True))
@@ -157,7 +158,9 @@ class Store:
                     f"The image cache has reached its budget of {self.budget_gb:g} GB. What was decoded is kept. Raise "
                     "data.budget_gb, or lower data.edge, and run the command again."
                 )
-            shutil.rmtree(victim)
+            gone = victim.with_name(f".{victim.name}.tmp")  # a cache is there whole or not at all
+            victim.rename(gone)
+            shutil.rmtree(gone)
             del sizes[victim]
 
 
@@ -171,9 +174,9 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*.bin"))
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what a killed process left half-written; the lock is held, so nobody else writes."""
-    for path in folder.glob(".*.tmp"):
+def _sweep(folder: Path, pattern: str) -> None:
+    """Remove what a killed process left half-written or half-removed; the lock is held, so nobody else writes."""
+    for path in folder.glob(pattern):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

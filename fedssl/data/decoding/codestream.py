@@ -5,6 +5,7 @@ import zlib
 
 _JPEG_SIZE = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # SOFn (ITU-T T.81, table B.1) and SOF55 (T.87)
 _WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
+_PIECE = 2**16
 _J2K_SIZ = b"\xff\x4f\xff\x51"  # SOC, SIZ (ITU-T T.800, A.5.1)
 
 
@@ -52,9 +53,11 @@ def refuse_bomb(deflated: bytes, most: int) -> None:
     Raises:
         ValueError: it inflates to more than ``most`` bytes.
     """
-    stream, total, piece = zlib.decompressobj(-zlib.MAX_WBITS), 0, deflated
-    while piece and not stream.eof:
-        total += len(stream.decompress(piece, 1 << 20))
-        piece = stream.unconsumed_tail
-        if total > most:
-            raise ValueError(f"is deflated and grows beyond {most} bytes")
+    stream, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    for start in range(0, len(deflated), _PIECE):
+        piece = deflated[start : start + _PIECE]
+        while piece and not stream.eof:
+            total += len(stream.decompress(piece, _PIECE))
+            piece = stream.unconsumed_tail
+            if total > most:
+                raise ValueError(f"is deflated and grows beyond {most} bytes")

@@ -26,6 +26,7 @@ _NO_PICTURES_OF_PATIENTS = {
     "PR": "a presentation state", "KO": "a key object note", "SR": "a report", "REG": "a registration",
 }  # fmt: skip
 _MOST_INFLATED = 2**30
+_MOST_LETTERS = 64  # of a CS, SH or LO value (PS3.5, table 6.2-1)
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 
 
@@ -81,7 +82,7 @@ def with_transfer_syntax(dataset: Dataset) -> Dataset:
 
 def _refuse_bombs(data: bytes) -> None:
     """Of deflated files only the group 0002 is plain (PS3.10, 7.1)."""
-    if DeflatedExplicitVRLittleEndian.encode() not in data[:2048]:
+    if DeflatedExplicitVRLittleEndian.encode() not in data:
         return
     stream = BytesIO(data)
     stream.seek(132)
@@ -102,12 +103,26 @@ def header(dataset: Dataset, policy: Policy = Policy.ALLOW) -> Header:
         patient=str(dataset.get("PatientID") or "").strip(),
         study=str(dataset.get("StudyInstanceUID") or ""),
         series=str(dataset.get("SeriesInstanceUID") or ""),
-        modality=str(dataset.get("Modality") or "unknown"),
-        scanner=" ".join(str(dataset.get(tag) or "") for tag in ("Manufacturer", "ManufacturerModelName")).strip(),
-        description=str(dataset.get("SeriesDescription") or "").strip(),
-        instance=int(dataset.get("InstanceNumber") or 0),
+        modality=str(dataset.get("Modality") or "unknown")[:_MOST_LETTERS],
+        scanner=_scanner(dataset),
+        description=str(dataset.get("SeriesDescription") or "").strip()[:_MOST_LETTERS],
+        instance=_instance(dataset),
         risk=refuse_by_policy(dataset, policy),
     )
+
+
+def _scanner(dataset: Dataset) -> str:
+    words = (str(dataset.get(tag) or "") for tag in ("Manufacturer", "ManufacturerModelName"))
+    return " ".join(words).strip()[: 2 * _MOST_LETTERS]
+
+
+def _instance(dataset: Dataset) -> int:
+    """InstanceNumber (0020,0013), or 0 where it is no number that an IS can hold (PS3.5, table 6.2-1)."""
+    try:
+        number = int(dataset.get("InstanceNumber") or 0)
+    except (TypeError, ValueError, OverflowError):
+        return 0
+    return number if abs(number) < 2**31 else 0
 
 
 def pictures(dataset: Dataset, policy: Policy = Policy.ALLOW) -> Iterator[Picture]:

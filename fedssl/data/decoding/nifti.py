@@ -1,6 +1,7 @@
 """NIfTI volumes as series of axial slices, turned the way a radiologist looks at them."""
 
 import gzip
+import math
 from collections.abc import Iterator
 from io import BufferedIOBase, BytesIO
 
@@ -10,6 +11,8 @@ import numpy as np
 from fedssl.data.decoding.picture import Meaning, Picture, refuse_absurd, without_holes
 
 _MOST_BYTES = 2**31
+_MOST_EXTENSION = 2**24
+_MOST_DEFLATED = 1032  # bytes that one byte of a deflate stream can become
 
 
 def pictures(data: bytes, *, compressed: bool, modality: str = "") -> Iterator[Picture]:
@@ -50,8 +53,22 @@ def _load(data: bytes, *, compressed: bool) -> nib.Nifti1Image:
     size = int.from_bytes(stream.read(4), "little")  # of the header
     stream.seek(0)
     kind = nib.Nifti2Image if size in (540, 0x1C020000) else nib.Nifti1Image
+    header = kind.header_class(stream.read(kind.header_class.sizeof_hdr), check=False)
+    _refuse_short(header, len(data), compressed=compressed)
+    stream.seek(0)
     holder = nib.FileHolder(fileobj=stream)
     return kind.from_file_map({"header": holder, "image": holder})
+
+
+def _refuse_short(header: nib.Nifti1Header, size: int, *, compressed: bool) -> None:
+    """Refuse what the file cannot hold before memory is taken for it."""
+    start = max(0, int(header["vox_offset"]))
+    if start > _MOST_EXTENSION:
+        raise ValueError(f"holds its values {start} bytes behind its header")
+    shape = header.get_data_shape()
+    needed = start + math.prod(shape) * header.get_data_dtype().itemsize
+    if needed > size * (_MOST_DEFLATED if compressed else 1):
+        raise ValueError(f"holds {size} bytes where its header says {needed}")
 
 
 def _picture(values: np.ndarray, bits: int, position: float, modality: str) -> Picture:

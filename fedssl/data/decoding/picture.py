@@ -6,7 +6,7 @@ from enum import StrEnum
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
-MAX_PIXELS = 2**28  # of one frame, samples counted: more is refused before anything is allocated
+MAX_PIXELS = 2**27  # of one frame, samples counted: more is refused before anything is allocated
 MAX_FRAMES = 100_000
 SOFT_TISSUE = (-160.0, 240.0)  # Hounsfield units: window 400, level 40
 

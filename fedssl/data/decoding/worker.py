@@ -4,6 +4,7 @@ Started by ``fedssl.data.decoding.workers`` with a socket and the settings as ar
 JSON and, in a second message, the pixels. No pickle: what a subverted decoder sends is only ever read as data.
 """
 
+import ctypes
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from fedssl.data.decoding.dicom import is_dicom
 from fedssl.data.decoding.image import open_file, recognised
 from fedssl.data.decoding.record import record
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h: die with the parent, in the middle of a file too
 _MOST_BYTES = 2**31 - 2**20
 
 
@@ -32,7 +34,7 @@ def main() -> None:
     limit = int(settings["memory_gb"] * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold pixels
-    patience = int(2 * settings["timeout_s"]) + 5
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     link = Connection(int(sys.argv[1]))
     link.send_bytes(b'"ready"')
     while True:
@@ -40,11 +42,9 @@ def main() -> None:
             request = json.loads(link.recv_bytes())
         except (EOFError, OSError):
             return
-        signal.alarm(patience)  # should the parent be gone, this process still ends
         header, pixels = answer(request, settings["edge"], Policy(settings["burned_in"]))
         link.send_bytes(header)
         link.send_bytes(pixels)
-        signal.alarm(0)
 
 
 def answer(request: dict[str, Any], edge: int, policy: Policy) -> tuple[bytes, bytes]:
@@ -62,10 +62,12 @@ def answer(request: dict[str, Any], edge: int, policy: Policy) -> tuple[bytes, b
     try:
         found = _decode(request, edge, policy)
     except MemoryError:
-        found = _unreadable("needs more memory than data.worker_memory_gb allows")
+        found = {**_unreadable("needs more memory than data.worker_memory_gb allows"), "limited": True}
     except OSError as error:
         found = {**_unreadable(reason_of(error)), "again": error.errno is not None}
-    except Exception as error:  # noqa: BLE001 - decoders raise anything; one bad file never stops the rest
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - decoders raise anything, Rust's even PanicException
         found = _unreadable(reason_of(error))
     pixels = b"".join(found.pop("pixels", ()))
     return json.dumps(found).encode(), pixels
@@ -113,7 +115,7 @@ def _unreadable(reason: str) -> dict[str, Any]:
     return {"kind": "unreadable", "reason": reason, "records": []}
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """Say why a file cannot be read, without its path or content."""
     if isinstance(error, ValueError) and str(error).startswith(("is ", "holds ", "has a name ")):
         return str(error)

@@ -18,6 +18,11 @@ from typing import Any
 from fedssl.errors import DataError
 
 _DEPTH = 4  # requests a worker holds, so that it never waits for the next one
+_MOST_HELD = 2**28  # bytes of such answers
+_START_S = 120.0  # for the imports of a process, from a cold network drive too
+_LAST_BREATH_S = 1.0
+_MOST_BYTES = 2**32  # of one message
+_KINDS = ("image", "foreign", "unreadable")
 _AHEAD = 64  # answers that may wait, for each worker, behind a slow file
 
 
@@ -46,6 +51,10 @@ class _Worker:
     since: float = 0.0
     ready: bool = False
 
+    def deadline(self, timeout_s: float) -> float:
+        """When it is given up; its start is not held against a file."""
+        return self.since + (timeout_s if self.ready else max(timeout_s, _START_S))
+
 
 def decode_all(
     questions: Iterator[Question], *, count: int, edge: int, burned_in: str, memory_gb: float, timeout_s: float
@@ -64,7 +73,9 @@ def decode_all(
     try:
         while True:
             waiting.extend(itertools.islice(numbered, max(0, count * _DEPTH - len(waiting))))
-            pool.feed(waiting, count, head=following, room=count * _AHEAD - pool.load() - len(done))
+            held = sum(len(answer.pixels) for answer in done.values())
+            room = 0 if held > _MOST_HELD else count * _AHEAD - pool.load() - len(done)
+            pool.feed(waiting, count, head=following, room=room)
             if not pool.load():
                 return
             done.update(pool.collect(waiting))
@@ -125,13 +136,13 @@ class _Pool:
         busy = [worker for worker in self.workers if worker.asked]
         if not busy:
             return {}
-        soonest = min(worker.since for worker in busy) + self.timeout_s
+        soonest = min(worker.deadline(self.timeout_s) for worker in busy)
         ready = set(wait([worker.link for worker in busy], max(0.0, soonest - time.monotonic())))
         answers = {}
         for worker in busy:
             if worker.link in ready:
                 found, lost = self._receive(worker)
-            elif time.monotonic() - worker.since > self.timeout_s:
+            elif time.monotonic() > worker.deadline(self.timeout_s):
                 found, lost = _unreadable(f"took longer than {self.timeout_s:g} s to decode"), True
             else:
                 continue
@@ -146,13 +157,15 @@ class _Pool:
     def _receive(self, worker: _Worker) -> tuple[tuple[dict[str, Any], bytes] | None, bool]:
         """Read one answer (None: the worker has only said that it is ready) and tell whether the worker is lost."""
         try:
-            header = json.loads(worker.link.recv_bytes())
-            if worker.ready:
-                return (header, worker.link.recv_bytes()), False
-            worker.ready = True
-        except (EOFError, OSError, ValueError):
-            worker.process.kill()
-            code = worker.process.wait()
+            header = json.loads(worker.link.recv_bytes(_MOST_BYTES))
+            if not worker.ready:
+                worker.ready = True
+                return None, False
+            if header["kind"] not in _KINDS:
+                raise ValueError(header["kind"])
+            return (header, worker.link.recv_bytes(_MOST_BYTES)), False
+        except (EOFError, OSError, ValueError, LookupError, TypeError, MemoryError):
+            code = _last_code(worker.process)
             if not worker.ready:
                 raise DataError(
                     f"A decoding process could not start (exit code {code}). Run fedssl doctor, and check memory and "
@@ -160,7 +173,6 @@ class _Pool:
                 ) from None
             name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             return _unreadable(f"crashed its decoder ({name})"), True
-        return None, False
 
     def _replace(self, worker: _Worker, waiting: deque[tuple[int, Question]]) -> None:
         worker.process.kill()
@@ -179,5 +191,14 @@ class _Pool:
                 worker.link.close()
 
 
+def _last_code(process: subprocess.Popen[bytes]) -> int:
+    """Give a process that has hung up the time to say why."""
+    try:
+        return process.wait(_LAST_BREATH_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
 def _unreadable(reason: str) -> tuple[dict[str, Any], bytes]:
-    return {"kind": "unreadable", "reason": reason, "records": []}, b""
+    return {"kind": "unreadable", "reason": reason, "records": [], "limited": True}, b""

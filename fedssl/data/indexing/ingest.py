@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,7 +12,7 @@ from fedssl import progress
 from fedssl.data.decoding.image import VOLUME_SUFFIXES
 from fedssl.data.decoding.workers import Answer, Question, decode_all
 from fedssl.data.indexing import journal
-from fedssl.data.indexing.journal import Dead, PartWriter
+from fedssl.data.indexing.journal import Dead, Known, PartWriter
 from fedssl.data.indexing.scan import Found, scan
 from fedssl.data.indexing.walk import order_of
 from fedssl.data.pseudonym import pseudonym, public_hash
@@ -37,6 +37,11 @@ class Decoding:
     workers: int = 0
     memory_gb: float = 8.0
     timeout_s: float = 60.0
+
+    @property
+    def limits(self) -> str:
+        """What a file may take, in words; where it failed for that, other limits are a reason to try again."""
+        return f"{self.memory_gb:g} GB, {self.timeout_s:g} s"
 
     @property
     def processes(self) -> int:
@@ -75,13 +80,13 @@ def ingest(
     dead = journal.empty_dead()
     seen = _Seen(root, len(manifest) if manifest is not None else None)
     writer = PartWriter(folder, journal.next_run(folder), decoding.edge, make_room)
-    questions = _changed(scan(root, site, manifest), folder, dead, seen)
+    questions = _changed(scan(root, site, manifest), journal.known_files(folder, dead), dead, decoding.limits, seen)
     try:
         for answer in decode_all(
             questions, count=decoding.processes, edge=decoding.edge, burned_in=decoding.burned_in,
             memory_gb=decoding.memory_gb, timeout_s=decoding.timeout_s,
         ):  # fmt: skip
-            writer.add(*_rows_of(answer, secret), answer.pixels)
+            writer.add(*_rows_of(answer, secret, decoding))
             seen.tell()
     finally:
         seen.stop()
@@ -90,9 +95,10 @@ def ingest(
     return dead
 
 
-def _changed(found: Iterator[Found], folder: Path, dead: Dead, seen: "_Seen") -> Iterator[Question]:
+def _changed(
+    found: Iterator[Found], known: Iterator[Known], dead: Dead, limits: str, seen: "_Seen"
+) -> Iterator[Question]:
     """Walk through files and journal side by side; ask for what is new or changed, bury what is gone or changed."""
-    known = journal.known_files(folder, dead)
     entry = next(known, None)
     for item in found:
         key = order_of(item.entry.file)
@@ -102,7 +108,8 @@ def _changed(found: Iterator[Found], folder: Path, dead: Dead, seen: "_Seen") ->
             dead[entry.part].add(entry.ordinal)
             entry = next(known, None)
         if entry is not None and entry.key == key:
-            same = (entry.bytes, entry.modified_ns) == (item.entry.bytes, item.entry.modified_ns) and not entry.again
+            same = (entry.bytes, entry.modified_ns) == (item.entry.bytes, item.entry.modified_ns)
+            same = same and not entry.again and entry.limits in ("", limits)
             if not same:
                 dead[entry.part].add(entry.ordinal)
             entry = next(known, None)
@@ -122,18 +129,34 @@ def _request(item: Found) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _rows_of(answer: Answer, secret: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Turn an answer into a row for the file and one for each image; identities become pseudonyms here."""
+def _rows_of(answer: Answer, secret: bytes, decoding: Decoding) -> tuple[dict[str, Any], list[dict[str, Any]], bytes]:
+    """Turn an answer into a row for the file, one for each image, and their pixels.
+
+    An answer that makes no sense (from a decoder whose memory was overwritten) counts as a crash.
+    """
     item: Found = answer.tag
     found = answer.found
-    facts = found.get("facts", {})
     file = {
         "file": item.entry.file, "bytes": item.entry.bytes, "modified_ns": item.entry.modified_ns, "site": item.site,
-        "kind": found["kind"], "reason": found["reason"], "again": found.get("again", False),
-        "risk": facts.get("risk", ""),
+        "kind": found["kind"], "reason": str(found.get("reason", "")), "again": bool(found.get("again", False)),
+        "limits": decoding.limits if found.get("limited") else "", "risk": "",
     }  # fmt: skip
     if found["kind"] != "image":
-        return file, []
+        return file, [], b""
+    try:
+        rows = _image_rows(item, found["facts"], found["records"], secret)
+        expected = sum(journal.record_bytes(row["layout"], decoding.edge) for row in rows)
+        if expected != len(answer.pixels):
+            raise ValueError(expected)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return {**file, "kind": "unreadable", "reason": "crashed its decoder (its answer makes no sense)"}, [], b""
+    return {**file, "risk": str(found["facts"]["risk"])}, rows, answer.pixels
+
+
+def _image_rows(
+    item: Found, facts: Mapping[str, Any], records: Sequence[Mapping[str, Any]], secret: bytes
+) -> list[dict[str, Any]]:
+    """One row an image; identities become pseudonyms here."""
     patient, site = facts["patient"], item.site
     study = facts["study"] or f"{site}/{patient or item.folder or item.entry.file}"
     volume = item.entry.file.lower().endswith(VOLUME_SUFFIXES) or not item.folder
@@ -153,12 +176,11 @@ def _rows_of(answer: Answer, secret: bytes) -> tuple[dict[str, Any], list[dict[s
         "description": facts["description"],
         "instance": facts["instance"],
     }
-    return file, [_row(shared, record, frame) for frame, record in enumerate(found["records"])]
-
-
-def _row(shared: dict[str, Any], record: dict[str, Any], frame: int) -> dict[str, Any]:
-    binary = {name: bytes.fromhex(record[name]) for name in ("digest", "hash", "hash_turned")}
-    return shared | record | binary | {"frame": frame}
+    binary = ("digest", "hash", "hash_turned")
+    return [
+        {**record, **{name: bytes.fromhex(record[name]) for name in binary}, **shared, "frame": frame}
+        for frame, record in enumerate(records)
+    ]
 
 
 class _Seen:

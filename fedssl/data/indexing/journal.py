@@ -10,6 +10,7 @@ import hashlib
 import heapq
 import itertools
 import json
+import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
@@ -27,7 +28,8 @@ from fedssl.storage import atomic_folder
 
 FILES = pa.schema([
     ("file", pa.string()), ("bytes", pa.int64()), ("modified_ns", pa.int64()), ("site", pa.string()),
-    ("kind", pa.string()), ("reason", pa.string()), ("again", pa.bool_()), ("risk", pa.string()),
+    ("kind", pa.string()), ("reason", pa.string()), ("again", pa.bool_()), ("limits", pa.string()),
+    ("risk", pa.string()),
 ])  # fmt: skip
 ROWS = pa.schema([
     ("file", pa.string()), ("image", pa.string()), ("frame", pa.int32()), ("site", pa.string()),
@@ -40,18 +42,24 @@ ROWS = pa.schema([
     ("quantiles", pa.list_(pa.float32())), ("digest", pa.binary(16)), ("hash", pa.binary(32)),
     ("hash_turned", pa.binary(32)), ("flags", pa.string()), ("ordinal", pa.int32()),
 ])  # fmt: skip
+_KNOWN = ["file", "bytes", "modified_ns", "again", "limits"]
 _FILES_IN_A_PART = 1024
 _BYTES_IN_A_PART = 128 * 2**20
 
 
 class Known(NamedTuple):
-    """What the journal knows of a file. ``ordinal`` is its place in its part."""
+    """What the journal knows of a file.
+
+    ``again``: try it at the next scan; ``limits``: of time and memory, where these were why it failed; ``ordinal``: its
+    place in its part.
+    """
 
     key: str
     run: int
     bytes: int
     modified_ns: int
     again: bool
+    limits: str
     part: str
     ordinal: int
 
@@ -82,11 +90,11 @@ def known_files(folder: Path, dead: Dead) -> Iterator[Known]:
 
 def _known_of_run(folder: Path, names: list[str]) -> Iterator[Known]:
     for name in names:
-        table = pq.read_table(folder / name / "files.parquet", columns=["file", "bytes", "modified_ns", "again"])
+        table = pq.read_table(folder / name / "files.parquet", columns=_KNOWN)
         columns = [table[column].to_pylist() for column in table.column_names]
         run = int(name.split("-")[0])
-        for ordinal, (file, size, modified, again) in enumerate(zip(*columns, strict=True)):
-            yield Known(order_of(file), run, size, modified, again, name, ordinal)
+        for ordinal, (file, size, modified, again, limits) in enumerate(zip(*columns, strict=True)):
+            yield Known(order_of(file), run, size, modified, again, limits, name, ordinal)
 
 
 def empty_dead() -> Dead:
@@ -188,22 +196,37 @@ def _all_dead(folder: Path, name: str, dead: Dead) -> bool:
 
 
 def drop_dead_parts(folder: Path, dead: Dead, keep: Collection[str]) -> None:
-    """Remove parts that hold nothing but dead files, except those that ``keep`` names."""
-    for name in parts(folder):
+    """Remove parts that hold nothing but dead files, except those that ``keep`` names.
+
+    The newest stays, so that its number is never given to other pixels while a process still maps the old ones.
+    """
+    for name in parts(folder)[:-1]:
         if name not in keep and _all_dead(folder, name, dead):
-            shutil.rmtree(folder / name)
+            remove_part(folder, name)
+
+
+def remove_part(folder: Path, name: str) -> None:
+    """Remove a part: it is there whole or not at all, whenever the process is killed (what stays is swept)."""
+    gone = folder / f".{name}.{os.getpid()}.tmp"
+    (folder / name).rename(gone)
+    shutil.rmtree(gone)
 
 
 def damaged_parts(folder: Path) -> list[str]:
     """Read all pixels again and name the parts whose checksum is wrong."""
-    bad = []
-    for part in parts(folder):
-        sums = json.loads((folder / part / "sums.json").read_text())
-        for layout, expected in sums.items():
-            path = folder / part / f"{layout}.bin"
-            with path.open("rb") as stream:
-                found = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-            if found != expected:
-                bad.append(part)
-                break
-    return bad
+    return [part for part in parts(folder) if not _sound(folder / part)]
+
+
+def _sound(part: Path) -> bool:
+    try:
+        pq.read_table(part / "files.parquet")
+        pq.read_table(part / "rows.parquet")
+        sums = json.loads((part / "sums.json").read_text())
+        return all(_sum(part / f"{layout}.bin") == expected for layout, expected in sums.items())
+    except (OSError, ValueError):  # gone, or no Parquet or JSON any more
+        return False
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from fedssl.errors import DataError
 
+_NO_TEXT = "has a name that is no text; rename it"
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -71,7 +73,7 @@ def _below(folder: str, prefix: str, above: tuple[tuple[int, int], ...], *, top:
             yield Entry(file, 0, 0, lost)
             continue
         me = (status.st_dev, status.st_ino)
-        if stat.S_ISDIR(status.st_mode) and me not in above:
+        if stat.S_ISDIR(status.st_mode) and me not in above and name == entry.name:
             yield from _below(entry.path, f"{file}/", (*above, me))
         else:
             yield _file(file, status, text=name == entry.name)
@@ -79,8 +81,7 @@ def _below(folder: str, prefix: str, above: tuple[tuple[int, int], ...], *, top:
 
 def _file(file: str, status: os.stat_result, *, text: bool) -> Entry:
     if stat.S_ISDIR(status.st_mode):
-        return Entry(file, 0, 0, "is a link to a folder above it")
+        return Entry(file, 0, 0, "is a link to a folder above it" if text else _NO_TEXT)
     if not stat.S_ISREG(status.st_mode):
         return Entry(file, 0, 0, "is no regular file")
-    trouble = "" if text else "has a name that is no text; rename it"
-    return Entry(file, status.st_size, status.st_mtime_ns, trouble)
+    return Entry(file, status.st_size, status.st_mtime_ns, "" if text else _NO_TEXT)
