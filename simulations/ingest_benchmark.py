@@ -12,6 +12,8 @@ syntaxes. For each set, in one run on the same files:
 import argparse
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,7 +34,7 @@ from fedssl.data.store import Source, Store
 
 _EDGE, _BATCH = 96, 64
 _SYNTAXES = (ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless)
-_PATIENTS, _CT_SLICES = 8, 40
+_PATIENTS, _CT_SLICES = 24, 40
 _SCANNER = hospitals.Scanner("Synthetic bench", 512, 12, 0.02, 1.0, 0.004, inverted=False)
 
 
@@ -52,14 +54,18 @@ def main() -> None:
 def _compare(root: Path, files: list[Path], temporary: Path, repeats: int) -> None:
     cores = len(os.sched_getaffinity(0))
     _say(f"{len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.0f} MB, {cores} cores")
-    loop, ingest, ratios = [], [], []
+    loop, loops, ingest, ratios = [], [], [], []
     for number in range(repeats):
         loop.append(len(files) / _seconds(lambda: _plain_loop(files)))
+        loops.append(_loops_at_once(files, cores))
         ingest.append(len(files) / _seconds(lambda: _store(root, temporary / f"{root.name}-{number}").open()))  # noqa: B023
         ratios.append(ingest[-1] / loop[-1] / cores)
     _say(f"  plain loop, 1 core:  {_figures(loop)} files/s")
+    _say(f"  a loop on each core:  {_figures(loops)} files/s together")
     _say(f"  fedssl index:        {_figures(ingest)} files/s")
     _say(f"  ingest / (cores x loop): {_figures(ratios, 3)} (goal .9)")
+    together = [mine / theirs for mine, theirs in zip(ingest, loops, strict=True)]
+    _say(f"  ingest / a loop on each core at once: {_figures(together, 3)}")
     store = _store(root, temporary / f"{root.name}-0").open()
     images = Subset(store, np.arange(len(store)))
     ours = [len(files) / _seconds(lambda: _epoch(images)) for _ in range(repeats)]
@@ -80,6 +86,25 @@ def _plain_loop(files: list[Path]) -> np.ndarray:
         values = apply_modality_lut(dataset.pixel_array, dataset).astype(np.float32)
         kept.append(np.asarray(Image.fromarray(values).resize((_EDGE, _EDGE), Image.Resampling.BILINEAR)))
     return np.stack(kept)
+
+
+def _loops_at_once(files: list[Path], cores: int) -> float:
+    """Files a second of as many loops as cores, each on all files: what the machine gives to programs that share it."""
+    loop = (
+        "import sys, time; from pathlib import Path; from simulations.ingest_benchmark import _plain_loop\n"
+        "files = [Path(line) for line in sys.stdin.read().splitlines()]; begin = time.perf_counter()\n"
+        "_plain_loop(files); print(len(files) / (time.perf_counter() - begin))"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", loop]
+    processes = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
+        for _ in range(cores)
+    ]
+    for process in processes:
+        assert process.stdin
+        process.stdin.write("\n".join(map(str, files)))
+        process.stdin.close()
+    return sum(float(process.stdout.read()) for process in processes if process.stdout)
 
 
 def _epoch(images: Subset) -> None:

@@ -51,7 +51,7 @@ def tiny(hospitals):
     ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def brain_mr():
     """The real brain MR set, or a skip that says what is missing."""
     root = REAL_DATA / "brain-mr"
@@ -60,7 +60,7 @@ def brain_mr():
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def mednist():
     """The real MedNIST subset, or a skip that says what is missing."""
     root = REAL_DATA / "mednist"

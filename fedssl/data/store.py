@@ -1,5 +1,6 @@
 """The site's folder for its images: secret, journals of decoded pixels by their settings, current indexes."""
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -166,8 +167,11 @@ class Store:
 
 def _decoder_versions() -> dict[str, str]:
     """Versions of what decodes: another codec may read what could not be read before."""
-    installed = {dist.name.lower(): dist.version for dist in metadata.distributions()}
-    return {name: installed.get(name, "") for name in _DECODERS}
+    versions = {}
+    for name in _DECODERS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def _size(folder: Path) -> int:

@@ -49,7 +49,7 @@ def test_patients_that_share_an_image_are_never_split_even_across_sites(hospital
     for one, other in zip(east, west, strict=False):
         shutil.copy(one / "003.dcm", other / "copy.dcm")
     images = Store(tmp_path / "store", Source(root, patient_from="auto"), Decoding(32)).open()
-    groups, digests = images.column("group"), images.column("digest")
+    groups, digests = images.column("group"), np.array([digest.hex() for digest in images.column("digest")])
     test = mask_of_test_patients(images, test_fraction=0.3, unseen_sites=[])
     for digest in set(digests.tolist()):
         assert len(set(groups[digests == digest])) == 1

@@ -76,14 +76,9 @@ def _find(images):
 
 
 @pytest.fixture(scope="module")
-def brains(request):
+def brains(brain_mr):
     """One slice of each of 60 patients."""
-    from conftest import REAL_DATA
-
-    root = REAL_DATA / "brain-mr"
-    if not root.exists():
-        pytest.skip("the brain MR set is not at ../shared/data/brain-mr (or FEDSSL_REAL_DATA)")
-    patients = sorted(path for site in ("DU", "HT") for path in (root / site).iterdir())[:60]
+    patients = sorted(path for site in ("DU", "HT") for path in (brain_mr / site).iterdir())[:60]
     return [dcmread(sorted(path.iterdir())[len(list(path.iterdir())) // 2]).pixel_array for path in patients]
 
 

@@ -168,6 +168,25 @@ def test_a_file_that_changes_while_it_is_read_is_taken_by_the_next_scan(copied, 
     assert pixels == b""
 
 
+def test_a_file_that_took_too_long_is_tried_again_only_with_more_time(copied, tmp_path, monkeypatch):
+    slow = next(copied.rglob("*.dcm"))
+    saboteur = tmp_path / "saboteur"
+    saboteur.mkdir()
+    (saboteur / "sitecustomize.py").write_text(
+        "import os, time, builtins\n"
+        "real = os.open\n"
+        f"os.open = lambda path, *rest: (str(path).endswith({slow.name!r}) and {str(slow.parent.name)!r} in str(path)\n"
+        "                                and time.sleep(60)) or real(path, *rest)\n"
+    )
+    with monkeypatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(saboteur))
+        store = store_of(copied, tmp_path / "store", timeout_s=1.0)
+        assert len(store.open()) == 15
+        assert store.summary()["unreadable"] == {"took longer than 1 s to decode": 1}
+    assert len(store.open(rescan=True)) == 15
+    assert len(store_of(copied, tmp_path / "store", timeout_s=30.0).open(rescan=True)) == 16
+
+
 def test_a_folder_that_may_not_be_read_is_reported(copied, tmp_path):
     if os.geteuid() == 0:
         pytest.skip("the super-user may read every folder")

@@ -4,6 +4,7 @@ The chain of PS3.3, C.11 and PS3.4, N.2: stored values -> modality LUT or rescal
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float, Shaped
@@ -62,21 +63,23 @@ def picture_of(stored: Shaped[np.ndarray, "..."], dataset: Dataset, number: int)
     if dataset.get("PhotometricInterpretation") == "PALETTE COLOR":
         return Picture(_coloured(stored, dataset), Meaning.COLOUR, 8)
     facts = frame_facts(dataset, number)
+    source = stored
     stored, padding = without_holes(stored, _padding(stored, dataset))
     position, plane = _place(facts)
     inverted = dataset.get("PhotometricInterpretation") == "MONOCHROME1"
     values = _modality(stored, facts)
     modality = str(dataset.get("Modality") or "")
+    made = partial(Picture, bits=bits, position=position, plane=plane, source=source)
     if modality == "CT" and "RescaleSlope" in facts and str(facts.get("RescaleType") or "HU") in {"HU", "US"}:
         values = values if padding is None else np.where(padding, np.float32(_AIR), values)
         window = _window(facts) or SOFT_TISSUE
-        return Picture(values, Meaning.HOUNSFIELD, bits, window[:2], False, None, position, plane)  # noqa: FBT003
+        return made(values, Meaning.HOUNSFIELD, window=window[:2])
     if modality in _WITHOUT_SCALE | {"CT"}:
-        return Picture(values, Meaning.RAW, bits, SOFT_TISSUE, inverted, padding, position, plane)
+        return made(values, Meaning.RAW, inverted=inverted, padding=padding)
     grey = _display(values, facts, bits, padding)
     grey = 1.0 - grey if inverted else grey
     grey = grey if padding is None else np.where(padding, np.float32(0.0), grey)
-    return Picture(grey.astype(np.float32), Meaning.DISPLAY, bits, SOFT_TISSUE, False, padding, position, plane)  # noqa: FBT003
+    return made(grey.astype(np.float32, copy=False), Meaning.DISPLAY, padding=padding)
 
 
 def _eight_bits(colours: Shaped[np.ndarray, "..."], bits: int) -> Shaped[np.ndarray, "..."]:
@@ -149,9 +152,17 @@ def _display(
     if bits <= 8 and np.issubdtype(values.dtype, np.integer):
         least = -(2 ** (bits - 1)) if np.issubdtype(values.dtype, np.signedinteger) else 0
         return ((values.astype(np.float32) - least) / float(2**bits - 1)).clip(0.0, 1.0).astype(np.float32)
-    kept = values if padding is None or padding.all() else values[~padding]
-    low, high = np.percentile(kept, [0.5, 99.5])
+    low, high = _robust(values, padding)
     return ((values - low) / (high - low if high > low else 1.0)).clip(0.0, 1.0).astype(np.float32)
+
+
+def _robust(values: Shaped[np.ndarray, "..."], padding: np.ndarray | None) -> tuple[np.float32, np.float32]:
+    """The 0.5 and 99.5 percentiles inside the patient, on a grid of at least 512 pixels a side."""
+    step = max(1, min(values.shape) // 512)
+    thin, hidden = values[::step, ::step], None if padding is None else padding[::step, ::step]
+    kept = thin if hidden is None or hidden.all() else thin[~hidden]
+    low, high = np.percentile(kept, [0.5, 99.5])
+    return np.float32(low), np.float32(high)
 
 
 def windowed(

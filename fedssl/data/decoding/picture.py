@@ -38,6 +38,7 @@ class Picture:
         padding: pixels outside the patient (0028,0120), or None.
         position: millimetres along the normal of the slice, or None.
         plane: ``axial``, ``sagittal``, ``coronal`` or empty.
+        source: the values as they were stored, by which equal images are known; None: ``values`` are these.
     """
 
     values: Shaped[np.ndarray, "..."]
@@ -48,6 +49,7 @@ class Picture:
     padding: Bool[np.ndarray, "rows columns"] | None = None
     position: float | None = None
     plane: str = ""
+    source: Shaped[np.ndarray, "..."] | None = None
 
 
 def refuse_absurd(rows: int, columns: int, samples: int, frames: int) -> None:

@@ -182,7 +182,7 @@ def difference_hash(small: Float[np.ndarray, "edge edge"]) -> bytes:
 
 
 def _digest(picture: Picture) -> bytes:
-    values = np.ascontiguousarray(picture.values)
+    values = np.ascontiguousarray(picture.values if picture.source is None else picture.source)
     return hashlib.blake2b(values.tobytes(), digest_size=16, person=str(values.shape).encode()[:16]).digest()
 
 

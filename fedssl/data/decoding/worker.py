@@ -17,6 +17,8 @@ from dataclasses import asdict
 from multiprocessing.connection import Connection
 from typing import Any
 
+import pydicom
+
 from fedssl.data.decoding.burned_in import Policy
 from fedssl.data.decoding.dicom import is_dicom
 from fedssl.data.decoding.image import open_file, recognised
@@ -30,6 +32,7 @@ def main() -> None:
     """Answer requests until the other side closes."""
     settings = json.loads(sys.argv[2])
     warnings.simplefilter("ignore")
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # hospitals' files break rules all the time
     logging.disable(logging.CRITICAL)  # decoders' own words may hold values of tags
     limit = int(settings["memory_gb"] * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
