@@ -125,7 +125,7 @@ class Views:
     contrast: float
     brightness: float
     noise: float
-    ct_windows: float = 0.5
+    ct_windows: float = 0.2
 
     def __call__(self, images: ImageBatch, generator: Generator) -> list[Tensor]:
         """Make all views of a batch; each is standardised by ``standardise``."""

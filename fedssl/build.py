@@ -68,37 +68,42 @@ def open_images(config: Config, root: Path | None = None, *, site: str = "", res
 def image_store(config: Config, root: Path | None = None, *, site: str = "", rescan: bool = False) -> Store:
     """Describe the store of a root (default: data.root); a PACS is first mirrored to the site's own disk."""
     data = config["data"]
-    if root is None:
-        root = mirrored(config, refresh=rescan) if data["root"].startswith(REMOTE) else Path(data["root"])
+    root = root or root_of(config, data["root"], site=site, refresh=rescan)
     decoding = Decoding(
         data["edge"], data["burned_in"], data["workers"], data["worker_memory_gb"], data["decode_timeout_s"]
     )
     return Store(store_folder(config, root), Source(root, site, data["patient_from"]), decoding, data["budget_gb"])
 
 
-def mirrored(config: Config, *, refresh: bool) -> Path:
-    """Pull from the PACS that data.root names, and return the folder ``<site>/<patient>/...`` of its mirror.
+def root_of(config: Config, address: str, *, site: str = "", refresh: bool = False) -> Path:
+    """Return the folder of the images; a PACS is mirrored to the site's own disk.
+
+    The mirror is ``<patient>/...`` where the site is named, else ``pacs/<patient>/...``.
 
     Args:
-        config: with data.root as ``dicomweb+https://...`` and data.filters.
+        config: data.filters chooses what is pulled.
+        address: a path, or ``dicomweb+https://HOST/PATH``.
+        site: name of the one site that owns it, or empty.
         refresh: ask the PACS again though there is a mirror.
 
     Raises:
         ConfigError: the address or a filter is unusable.
         DataError: the PACS cannot be used, or nothing matches.
     """
+    if not address.startswith(REMOTE):
+        return Path(address)
     from fedssl.data.dicomweb import pull
 
-    data = config["data"]
-    address = json.dumps([data["root"], sorted((data["filters"] or {}).items())])
-    root = _store_base(config) / f"pacs-{hashlib.sha256(address.encode()).hexdigest()[:12]}"
+    filters = {str(key): str(value) for key, value in (config["data"]["filters"] or {}).items()}
+    key = hashlib.sha256(json.dumps([address, sorted(filters.items())]).encode()).hexdigest()[:12]
+    root = _store_base(config) / f"pacs-{key}"
     mirror = root / "images" / "pacs"
     if refresh or not mirror.exists():
-        pulled = pull(data["root"], mirror, site_secret(root), filters=data["filters"] or {})
+        pulled = pull(address, mirror, site_secret(root), filters=filters)
         text = f"PACS: {pulled.instances} images match, {pulled.new} new, {pulled.present} were here."
         failures = "; ".join(f"{count} x {reason}" for reason, count in pulled.failed.items())
         progress.publish(progress.Note(text + (f" Not pulled: {failures}" if failures else "")))
-    return mirror.parent
+    return mirror if site else mirror.parent
 
 
 def _store_base(config: Config) -> Path:
@@ -143,17 +148,20 @@ def build_agent(config: Config, node_config: Mapping[str, Any]) -> SiteAgent:
 
     Args:
         config: the configuration.
-        node_config: ``site`` and ``data-dir`` where a hospital runs it, ``partition-id`` in a simulation.
+        node_config: ``site``, ``data-dir``, ``burned-in`` and ``patient-from`` where a hospital runs it;
+            ``partition-id`` in a simulation.
 
     Raises:
         ConfigError: the node is none of the sites.
         DataError: the site has no readable image.
     """
     if "data-dir" in node_config:
-        root, site, members = Path(str(node_config["data-dir"])), str(node_config.get("site", "site")), None
+        config = _with_own_settings(config, node_config)
+        site, members = str(node_config.get("site", "site")), None
+        root = root_of(config, str(node_config["data-dir"]), site=site)
         store = open_images(config, root, site=site)
     else:
-        root = Path(config["data"]["root"])
+        root = root_of(config, config["data"]["root"])
         store = open_images(config, root)
         sites = participants(config, store)
         number = int(node_config.get("partition-id", -1))
@@ -171,3 +179,14 @@ def build_agent(config: Config, node_config: Mapping[str, Any]) -> SiteAgent:
         site, training_images(config, store, members), store_folder(config, root) / "state", build_method(config),
         optimizer_maker(config), build_views(config), work,
     )  # fmt: skip
+
+
+def _with_own_settings(config: Config, node_config: Mapping[str, Any]) -> Config:
+    """Let the hospital, not whoever starts the run, say what its files are, which it lets in and where they lie."""
+    own = {
+        "burned_in": str(node_config.get("burned-in", "refuse")),
+        "patient_from": str(node_config.get("patient-from", "auto")),
+        "store": None,
+        "filters": None,
+    }
+    return {**config, "data": {**config["data"], **own}}

@@ -80,6 +80,7 @@ def index(
         str, typer.Argument(help="Folder <site>/<patient>/..., manifest (CSV, Parquet), or dicomweb+https://HOST/PATH.")
     ],
     overrides: Overrides = None,
+    site: Annotated[str, typer.Option(help="Name of the one site that owns ROOT; its layout is <patient>/...")] = "",
     verify: Annotated[bool, typer.Option(help="Compare all decoded images with their checksums; repair.")] = False,
     output: FormatOption = Format.TEXT,
 ) -> None:
@@ -87,7 +88,7 @@ def index(
 
     Prints patients, images and unreadable files by site, and writes a contact sheet that stays at the site.
 
-    fedssl index /export/from/pacs data.burned_in=mask
+    fedssl index /export/from/pacs --site NORTH data.burned_in=mask
 
     fedssl index dicomweb+https://pacs.hospital/dicom-web 'data.filters={Modality: CT}'
     """
@@ -96,7 +97,7 @@ def index(
         from fedssl.config import load
         from fedssl.data.contact_sheet import write_contact_sheet
 
-        store = image_store(load([f"data.root={root}", *(overrides or [])]), rescan=True)
+        store = image_store(load([f"data.root={root}", *(overrides or [])]), site=site, rescan=True)
         images = store.open(rescan=True, verify=verify)
         summary = store.summary()
         sheet = write_contact_sheet(store.snapshot(), images, summary)

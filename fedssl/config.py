@@ -23,8 +23,7 @@ _QUOTED = {"data.root", "data.store", "evaluation.labels", "run_dir"}
 _SHARED_SECTIONS = ("seed", "encoder", "method", "augment", "optim", "aggregation")
 _SHARED_KEYS = (
     "training.batch_size", "training.local_epochs", "training.precision", "federation.rounds", "simulation.pool",
-    "data.edge", "data.patient_from", "data.sites", "data.unseen_sites", "data.test_fraction",
-    "data.burned_in",
+    "data.edge", "data.sites", "data.unseen_sites", "data.test_fraction",
 )  # fmt: skip
 
 
@@ -57,6 +56,8 @@ def load(overrides: Sequence[str]) -> Config:
         raise ConfigError(_explain(error, overrides)) from error
     assert isinstance(config, dict)
     plain: Config = {str(key): value for key, value in config.items()}
+    for key in ("sites", "unseen_sites"):  # a site may be called 3
+        plain["data"][key] = plain["data"][key] and [str(site) for site in plain["data"][key]]
     _check(plain)
     for section, key in _PATHS:
         if plain[section][key] and not plain[section][key].startswith(REMOTE):

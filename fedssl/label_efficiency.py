@@ -116,7 +116,7 @@ def _task(config: Config, store: ImageStore, labels: Path | None) -> Task:
     held_out = test_mask(store, test_fraction=data["test_fraction"], unseen_sites=data["unseen_sites"])
     sites = [site for members in participants(config, store).values() for site in members]
     return make_task(
-        store, label_table(store, table), label=evaluation["label"], where=evaluation["where"],
+        store, label_table(store, table, evaluation["label"]), label=evaluation["label"], where=evaluation["where"],
         covariates=evaluation["covariates"], held_out=held_out, sites=sites, unseen_sites=data["unseen_sites"],
     )  # fmt: skip
 

@@ -39,19 +39,23 @@ def print_line(text: str) -> None:
 
 _COLUMNS = ("site", "patients", "studies", "series", "images", "files", "unreadable", "modalities")
 _COUNTS = {
-    "unreadable": "files could not be used: ",
-    "text_risk_let_through": "files that may show text in the pixels were let through (data.burned_in): ",
-    "flags": "images look wrong: ",
-    "other_files": "other files were left alone: ",
+    "unreadable": "could not be used",
+    "text_risk_let_through": "may show text in the pixels and was let through (data.burned_in)",
+    "flags": "image looks wrong",
+    "other_files": "other file, left alone",
 }
+_MOST_LINES = 12
 
 
 def print_index(summary: dict[str, Any]) -> None:
     """Print what was found at a site, see ``fedssl.data.indexing.summary``."""
     print_table([{name: site[name] for name in _COLUMNS} for site in summary["sites"]])
     for key, text in _COUNTS.items():
-        for name, count in summary[key].items():
-            print_line(f"{count} {text}{name}")
+        lines = list(summary[key].items())
+        for name, count in lines[:_MOST_LINES]:
+            print_line(f"{count} x {text}: {name}")
+        if len(lines) > _MOST_LINES:
+            print_line(f"{sum(count for _, count in lines[_MOST_LINES:])} x {text}: for {len(lines)} reasons in all")
     copies = summary["duplicate_images"]
     if any(copies.values()):
         print_line(

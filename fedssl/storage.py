@@ -30,7 +30,7 @@ def atomic_file(path: Path, what: str) -> Iterator[BinaryIO]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
+        with open(temporary, "wb", opener=_private) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -40,6 +40,11 @@ def atomic_file(path: Path, what: str) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _private(path: str, flags: int) -> int:
+    """Only the owner may read: it is patients' data, or made of it."""
+    return os.open(path, flags, 0o600)
 
 
 @contextlib.contextmanager

@@ -76,7 +76,7 @@ def _many_rows(folder: Path, count: int) -> None:
         known = {
             "file": file, "bytes": 1, "modified_ns": 1, "site": "site", "kind": "image", "reason": "", "again": False,
             "limits": "",
-            "risk": "",
+            "risk": "", "stated": "",
         }  # fmt: skip
         writer.add(known, [_row(file, number)], bytes(_EDGE * _EDGE))
     writer.commit()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -45,13 +46,17 @@ class ImageStore:
         shards: their pixels.
         channels: 1 (colour becomes grey) or 3 (grey is repeated).
         secret: the site's key, to find images by their file.
+        in_use: kept open as long as the store is used, so that nobody removes its pixels.
     """
 
-    def __init__(self, index: Index, shards: Shards, channels: int = 1, secret: bytes = b"") -> None:
+    def __init__(
+        self, index: Index, shards: Shards, channels: int = 1, secret: bytes = b"", in_use: BinaryIO | None = None
+    ) -> None:
         self.index = index
         self.shards = shards
         self.channels = channels
         self.secret = secret
+        self.in_use = in_use
 
     def __len__(self) -> int:
         """Count the images."""

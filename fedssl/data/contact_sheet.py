@@ -19,6 +19,14 @@ _COPIES = 12
 
 
 @dataclass(frozen=True)
+class _Middle:
+    """[images] number of the patient, and slices between the image and the middle of its series."""
+
+    patients: np.ndarray
+    off_centre: np.ndarray
+
+
+@dataclass(frozen=True)
 class Strip:
     """Images of one kind: what they have in common, how many there are, and samples as data addresses."""
 
@@ -36,9 +44,14 @@ def write_contact_sheet(folder: Path, store: ImageStore, summary: dict[str, Any]
         store: the images.
         summary: see ``fedssl.data.indexing.summary``.
     """
+    off_centre = np.abs(store.column("order") - (store.column("series_length") - 1) / 2)
+    middle = _Middle(np.unique(store.column("patient"), return_inverse=True)[1], off_centre)
     environment = Environment(loader=PackageLoader("fedssl.data", ""), autoescape=select_autoescape(default=True))
     page = environment.get_template("contact_sheet.html.j2").render(
-        summary=summary, kinds=list(_kinds(store)), wrong=list(_wrong(store)), copies=_copies(store)
+        summary=summary,
+        kinds=list(_kinds(store, middle)),
+        wrong=list(_wrong(store, middle)),
+        copies=_copies(store, middle),
     )
     path = folder / "contact-sheet.html"
     with atomic_file(path, "the contact sheet") as stream:
@@ -47,7 +60,7 @@ def write_contact_sheet(folder: Path, store: ImageStore, summary: dict[str, Any]
     return path
 
 
-def _kinds(store: ImageStore) -> Iterator[Strip]:
+def _kinds(store: ImageStore, middle: _Middle) -> Iterator[Strip]:
     """The most frequent kinds: modality, series description, plane and site."""
     parts = [store.column(name) for name in ("modality", "description", "plane", "site")]
     codes = np.zeros(len(store), np.int64)
@@ -58,37 +71,35 @@ def _kinds(store: ImageStore) -> Iterator[Strip]:
         rows = np.flatnonzero(codes == kind)
         modality, description, plane, site = (str(part[rows[0]]) for part in parts)
         words = [modality, description or "(description shared by fewer than three patients)", plane, f"site {site}"]
-        yield _strip(store, rows, ", ".join(word for word in words if word))
+        yield _strip(store, middle, rows, ", ".join(word for word in words if word))
 
 
-def _wrong(store: ImageStore) -> Iterator[Strip]:
+def _wrong(store: ImageStore, middle: _Middle) -> Iterator[Strip]:
     flags = store.column("flags")
     names = sorted({name for text in np.unique(flags).tolist() for name in text.split()})
     for name in names:
-        yield _strip(store, np.flatnonzero(np.char.find(flags, name) >= 0), name)
+        yield _strip(store, middle, np.flatnonzero(np.char.find(flags, name) >= 0), name)
 
 
-def _strip(store: ImageStore, rows: np.ndarray, title: str) -> Strip:
+def _strip(store: ImageStore, middle: _Middle, rows: np.ndarray, title: str) -> Strip:
     """Samples of as many patients as possible, from the middle of their series."""
-    patients = store.column("patient")[rows]
-    off_centre = np.abs(store.column("order")[rows] - (store.column("series_length")[rows] - 1) / 2)
+    patients, off_centre = middle.patients[rows], middle.off_centre[rows]
     order = np.lexsort([off_centre, patients])
     first = order[np.unique(patients[order], return_index=True)[1]]
     spread = first[np.linspace(0, len(first) - 1, min(_SAMPLES, len(first))).astype(int)]
     return Strip(title, len(rows), len(first), [_picture(store, int(row)) for row in rows[spread]])
 
 
-def _copies(store: ImageStore) -> list[list[str]]:
+def _copies(store: ImageStore, middle: _Middle) -> list[list[str]]:
     """Sets of equal or nearly equal images of different patients."""
-    copies, patients = store.column("copies"), store.column("patient")
-    sets = []
-    for number in np.flatnonzero(np.bincount(copies) > 1):
-        rows = np.flatnonzero(copies == number)
-        if len(np.unique(patients[rows])) > 1:
-            sets.append([_picture(store, int(row)) for row in rows[:_SAMPLES]])
-        if len(sets) == _COPIES:
-            break
-    return sets
+    copies = store.column("copies")
+    order = np.argsort(copies, kind="stable")
+    starts = np.flatnonzero(np.diff(copies[order], prepend=-1))
+    number = middle.patients[order]
+    mixed = np.minimum.reduceat(number, starts) != np.maximum.reduceat(number, starts)
+    ends = np.append(starts[1:], len(order))
+    shown = zip(starts[mixed][:_COPIES], ends[mixed][:_COPIES], strict=True)
+    return [[_picture(store, int(row)) for row in order[start:end][:_SAMPLES]] for start, end in shown]
 
 
 def _picture(store: ImageStore, row: int) -> str:

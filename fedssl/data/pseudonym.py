@@ -27,7 +27,10 @@ def pseudonym(secret: bytes, *parts: str) -> str:
 
 
 def public_hash(*parts: str) -> int:
-    """Return a 16-bit hash that is the same everywhere: enough to order patients, too little to name one."""
+    """Return a 16-bit hash that is the same everywhere: enough to order patients, too little to find one's ID from it.
+
+    Who already has a patient's ID can tell that the patient is probably in an index: it must not leave the site.
+    """
     return int.from_bytes(hashlib.sha256("/".join(parts).encode()).digest()[:2], "big")
 
 

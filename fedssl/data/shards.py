@@ -1,5 +1,6 @@
 """The pixels of a journal's parts, mapped into memory once and shared by all processes of the site."""
 
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,8 @@ class Shards:
         self.parts = list(parts)
         self.edge = edge
         self.maps: dict[tuple[int, int], np.ndarray] = {}
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # every map keeps its file open
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
     def read(self, part: int, layout: int, slot: int) -> Shaped[np.ndarray, "edge edge *colour"]:
         """Map one record.
@@ -49,7 +52,12 @@ class Shards:
         if rest or not count:
             raise DataError("The image cache was removed or cut in part. Run fedssl index with --verify to repair it.")
         shape = (count, self.edge, self.edge) if channels == 1 else (count, self.edge, self.edge, channels)
-        return np.memmap(path, dtype, "r", shape=shape)
+        try:
+            return np.memmap(path, dtype, "r", shape=shape)
+        except OSError as error:
+            raise DataError(
+                f"The image cache cannot be mapped ({error.strerror}). Raise the limit of open files (ulimit -n)."
+            ) from error
 
     def grey(self, part: int, layout: int, slot: int) -> Shaped[np.ndarray, "edge edge"]:
         """Read one record as plain grey numbers, for comparisons of shape only."""

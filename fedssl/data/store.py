@@ -25,7 +25,7 @@ from fedssl.data.shards import Shards
 from fedssl.errors import DataError, StorageError
 from fedssl.storage import exclusive, write_json
 
-_FORMAT = 4  # raise it when what a record or a row holds changes: old caches are then built again
+_FORMAT = 5  # raise it when what a record or a row holds changes: old caches are then built again
 _DECODERS = (
     "nibabel", "pillow", "pydicom", "pyjpegls", "pylibjpeg", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle",
     "python-gdcm",
@@ -90,9 +90,8 @@ class Store:
         if not index.paths:
             raise DataError("The index was removed in part. Run fedssl index again.")
         parts = json.loads((index.folder / "parts.json").read_text())
-        store = ImageStore(index, Shards(self.journal, parts, self.decoding.edge), channels, site_secret(self.folder))
-        store.in_use = _shared_lock(self.journal)  # type: ignore[attr-defined]
-        return store
+        shards = Shards(self.journal, parts, self.decoding.edge)
+        return ImageStore(index, shards, channels, site_secret(self.folder), _shared_lock(self.journal))
 
     def snapshot(self) -> Path:
         """Return the folder of the current index."""

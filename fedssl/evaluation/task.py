@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from fedssl import progress
 from fedssl.data.cache import ImageStore
-from fedssl.data.indexing.scan import read_table
+from fedssl.data.indexing.scan import known_columns, read_table, tidy
 from fedssl.data.pseudonym import numbered
 from fedssl.errors import DataError
 
@@ -110,10 +110,11 @@ def _join(store: ImageStore, table: pa.Table, columns: Sequence[str]) -> tuple[n
     missing = [name for name in [_OWN_NAMES if own else "file", *columns] if name not in table.column_names]
     if missing:
         raise DataError(
-            f"The label table lacks the column {', '.join(missing)}; it has {', '.join(table.column_names)}. It needs "
-            "`file` (path below data.root) and the columns named in evaluation.label, .where and .covariates."
+            f"The label table lacks the column {', '.join(missing)}; {known_columns(table, ['file', *columns])}. It "
+            "needs `file` (path below data.root) and the columns named in evaluation.label, .where and .covariates."
         )
-    names = table[_OWN_NAMES].to_pylist() if own else store.names_of([str(file) for file in table["file"].to_pylist()])
+    files = table[_OWN_NAMES if own else "file"].to_pylist()
+    names = files if own else store.names_of([tidy(str(file)) for file in files])
     place = {name: number for number, name in enumerate(names)}
     found = [(row, place[name]) for row, name in enumerate(store.column("image").tolist()) if name in place]
     if not found:
@@ -121,21 +122,25 @@ def _join(store: ImageStore, table: pa.Table, columns: Sequence[str]) -> tuple[n
             f"None of the {table.num_rows} labels belongs to an image. The column `file` must hold the path below "
             "data.root, such as SITE/PATIENT/IMAGE.dcm."
         )
-    used = {number for _, number in found}
-    if len(used) < table.num_rows:
-        progress.publish(
-            progress.Note(f"{table.num_rows - len(used)} of {table.num_rows} labels belong to no readable image.")
+    if not own and len(place) < len(names):
+        raise DataError(
+            f"The label table lists {len(names) - len(place)} files more than once. Keep one row for each; its label "
+            "stands for all frames of the file."
         )
+    used = {number for _, number in found}
+    if len(used) < len(place):
+        text = f"{len(place) - len(used)} of {len(place)} labels belong to no readable image."
+        progress.publish(progress.Note(text, alarm=len(used) < len(place) / 2))
     picked = table.take([number for _, number in found])
     valid = np.array([value is not None and value != "" for value in picked[columns[0]].to_pylist()])
     entries = {name: np.asarray(picked[name].to_pylist(), dtype=object)[valid] for name in columns}
     return np.array([row for row, _ in found])[valid], entries
 
 
-def label_table(store: ImageStore, path: Path | None) -> pa.Table:
+def label_table(store: ImageStore, path: Path | None, label: str) -> pa.Table:
     """Read the label file, or take the labels that the index holds."""
     if path is not None:
-        return read_table(path)
+        return read_table(path, [label])
     return pa.table({_OWN_NAMES: store.column("image"), "label": store.column("label")})
 
 
@@ -167,8 +172,11 @@ def nested_label_subsets(
 def _first_with_all_classes(task: Task, order: np.ndarray) -> np.ndarray:
     """Walk through the patients and keep those that add a class not seen yet."""
     seen: set[int] = set()
-    first = []
+    first: list[np.ndarray] = []
+    wanted = len(np.unique(task.labels[task.train]))
     for patient in order:
+        if len(seen) == wanted:
+            break
         shown = set(task.labels[task.train & (task.patients == patient)].tolist())
         if shown - seen:
             first.append(patient)

@@ -25,7 +25,7 @@ WHY = {
     "holds a report": "text",
     "is no DICOM file": "named .dcm, but without the DICM mark, and what follows is no image or cannot be read as one "
     "(no_meta.dcm starts with a stray byte)",
-    "holds 8130 bytes": "cut off: the lower rows would be made up",
+    "holds fewer pixels": "cut off: the lower rows would be made up",
     "holds a compressed frame": "damaged on purpose: the size within the JPEG 2000 codestream is overwritten",
     "cannot be decoded (RuntimeError)": "a 12-bit JPEG whose scan header breaks ITU-T T.81, B.2.3; GDCM, Pillow and "
     "libjpeg refuse it, dcmtk alone reads it with a warning",

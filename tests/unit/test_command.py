@@ -156,3 +156,31 @@ def test_an_interrupted_run_ends_with_code_130_and_goes_on_with_resume(tiny, tmp
     again = [*[text for text in overrides if "rounds" not in text], "federation.rounds=12", "resume=true"]
     assert _run("simulate", *again).exit_code == 0
     assert load_checkpoint(RunFolder(run).last).round == 12
+
+
+def test_a_site_that_was_indexed_by_the_command_is_what_its_agent_trains_on(hospitals, tiny, tmp_path, monkeypatch):
+    from fedssl.build import build_agent
+    from fedssl.config import load
+
+    monkeypatch.setenv("FEDSSL_CACHE", str(tmp_path))
+    settings = [setting for setting in tiny if setting.startswith("data.edge")]
+    assert _run("index", hospitals / "EAST", "--site", "EAST", *settings).exit_code == 0
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("it was decoded again"))
+    agent = build_agent(load(tiny), {"data-dir": str(hospitals / "EAST"), "site": "EAST"})
+    assert agent.site == "EAST"
+    assert len(agent.images) > 0
+
+
+def test_whoever_starts_a_run_cannot_lower_a_hospitals_policy_for_burned_in_text(
+    hospitals, tiny, tmp_path, monkeypatch
+):
+    from fedssl.build import build_agent
+    from fedssl.config import load
+
+    monkeypatch.setenv("FEDSSL_CACHE", str(tmp_path))
+    config = load([*tiny, "data.burned_in=allow", f"data.store={tmp_path / 'elsewhere'}"])
+    agent = build_agent(config, {"data-dir": str(hospitals / "EAST"), "site": "EAST"})
+    settings = [json.loads(path.read_text()) for path in tmp_path.rglob("settings.json")]
+    assert [setting["burned_in"] for setting in settings] == ["refuse"]
+    assert not (tmp_path / "elsewhere").exists()
+    assert agent.site == "EAST"

@@ -84,3 +84,9 @@ def test_every_experiment_composes(path):
 @pytest.mark.parametrize("path", sorted((CONFIG_FOLDER / "encoder").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_encoder_file_builds(path):
     assert build_method(load([ROOT, f"encoder={path.stem}"])).width > 0
+
+
+def test_sites_whose_names_are_numbers_stay_names():
+    data = load(["data.root=.", "data.sites=[1,2]", "data.unseen_sites=[3]"])["data"]
+    assert data["sites"] == ["1", "2"]
+    assert data["unseen_sites"] == ["3"]

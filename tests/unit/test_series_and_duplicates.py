@@ -72,7 +72,7 @@ def _find(images):
     )
     constant = np.array(["constant" in one.flags for one in records])
     small = [fit_square(image, EDGE, 0).astype(np.float32) for image in images]
-    return find_duplicates(digests, hashes, turned, constant, lambda row: small[row])
+    return find_duplicates(digests, hashes, turned, constant, np.arange(len(images)), lambda row: small[row])
 
 
 @pytest.fixture(scope="module")

@@ -318,6 +318,23 @@ def test_a_corrected_manifest_takes_effect_though_no_image_changed(copied, tmp_p
         monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
 
 
+def test_a_manifest_keeps_leading_zeros_and_a_corrected_site_moves_the_images(copied, tmp_path):
+    files = [str(path.relative_to(copied)) for path in sorted(copied.rglob("*.dcm"))]
+    for site in ("north", "3"):
+        lines = [f"./{file},{'007' if number % 2 else '7'},{site}" for number, file in enumerate(files)]
+        (copied / "m.csv").write_text("\n".join(["image,patient_id,site", *lines]))
+        images = store_of(copied / "m.csv", tmp_path / "store").open(rescan=True)
+        assert set(images.column("site")) == {site}
+        assert len(set(images.column("patient"))) == 2
+
+
+def test_a_manifest_without_a_header_line_does_not_print_its_first_patient(copied, tmp_path):
+    (copied / "m.csv").write_text("A/DOE_JOHN/1.dcm,DOE_JOHN\nA/DOE_JOHN/2.dcm,DOE_JOHN\n")
+    with pytest.raises(DataError, match="is the header line missing") as caught:
+        store_of(copied / "m.csv", tmp_path / "store").open()
+    assert "DOE" not in str(caught.value)
+
+
 def test_a_bad_manifest_is_refused(copied, tmp_path):
     file = next(copied.rglob("*.dcm")).relative_to(copied)
     for text, said in [

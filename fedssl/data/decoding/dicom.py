@@ -175,4 +175,4 @@ def _refuse_short(dataset: Dataset, size: tuple[int, int, int], frames: int) -> 
     bits = frames * size[0] * size[1] * size[2] * int(dataset.get("BitsAllocated") or 8)
     expected = (bits * 2 // 3 if dataset.get("PhotometricInterpretation") == "YBR_FULL_422" else bits + 7) // 8
     if len(data) < expected:
-        raise ValueError(f"holds {len(data)} bytes of pixels where its header says {expected}")
+        raise ValueError("holds fewer pixels than its header says: it is cut off, or its header is wrong")

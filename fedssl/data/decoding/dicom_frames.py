@@ -3,6 +3,7 @@
 The chain of PS3.3, C.11 and PS3.4, N.2: stored values -> modality LUT or rescale -> VOI LUT or window -> polarity.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -72,8 +73,9 @@ def picture_of(stored: Shaped[np.ndarray, "..."], dataset: Dataset, number: int)
     made = partial(Picture, bits=bits, position=position, plane=plane, source=source)
     if modality == "CT" and "RescaleSlope" in facts and str(facts.get("RescaleType") or "HU") in {"HU", "US"}:
         values = values if padding is None else np.where(padding, np.float32(_AIR), values)
-        window = _window(facts) or SOFT_TISSUE
-        return made(values, Meaning.HOUNSFIELD, window=window[:2])
+        window = _window(facts)
+        own = window[:2] if window and window[0] < window[1] else SOFT_TISSUE
+        return made(values, Meaning.HOUNSFIELD, window=own)
     if modality in _WITHOUT_SCALE | {"CT"}:
         return made(values, Meaning.RAW, inverted=inverted, padding=padding)
     grey = _display(values, facts, bits, padding)
@@ -180,7 +182,13 @@ def _window(facts: Dataset) -> tuple[float, float, str] | None:
     """Return the values shown as black and white and the function: C.11.2.1.2.1 (LINEAR) or C.11.2.1.3.2 (exact)."""
     centre, width = _first(facts, "WindowCenter"), _first(facts, "WindowWidth")
     function = str(facts.get("VOILUTFunction") or "LINEAR")
-    if centre is None or width is None or width <= 0 or (width < 1 and function == "LINEAR"):
+    if (
+        centre is None
+        or width is None
+        or not math.isfinite(centre + width)
+        or width <= 0
+        or (width < 1 and function == "LINEAR")
+    ):
         return None
     if function == "LINEAR":
         return centre - width / 2.0, centre + width / 2.0 - 1.0, function

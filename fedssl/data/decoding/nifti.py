@@ -37,7 +37,7 @@ def pictures(data: bytes, *, compressed: bool, modality: str = "") -> Iterator[P
     frames = shape[2] * (shape[3] if len(shape) == 4 else 1)
     refuse_absurd(shape[1], shape[0], 1, frames)
     if int(np.prod(shape, dtype=np.int64)) * 8 > _MOST_BYTES:
-        raise ValueError(f"is said to hold {' x '.join(map(str, shape))} values: more than any scan")
+        raise ValueError("is said to hold more values than any scan")
     canonical = nib.as_closest_canonical(volume)
     values = np.asanyarray(canonical.dataobj).reshape(*canonical.shape[:3], -1)
     spacing = float(canonical.header.get_zooms()[2])
@@ -64,11 +64,11 @@ def _refuse_short(header: nib.Nifti1Header, size: int, *, compressed: bool) -> N
     """Refuse what the file cannot hold before memory is taken for it."""
     start = max(0, int(header["vox_offset"]))
     if start > _MOST_EXTENSION:
-        raise ValueError(f"holds its values {start} bytes behind its header")
+        raise ValueError("holds its values too far behind its header")
     shape = header.get_data_shape()
     needed = start + math.prod(shape) * header.get_data_dtype().itemsize
     if needed > size * (_MOST_DEFLATED if compressed else 1):
-        raise ValueError(f"holds {size} bytes where its header says {needed}")
+        raise ValueError("holds fewer values than its header says: it is cut off, or its header is wrong")
 
 
 def _picture(values: np.ndarray, bits: int, position: float, modality: str) -> Picture:

@@ -59,11 +59,11 @@ def refuse_absurd(rows: int, columns: int, samples: int, frames: int) -> None:
         ValueError: says which.
     """
     if rows < 1 or columns < 1 or samples < 1:
-        raise ValueError(f"is said to have {rows} x {columns} pixels")
+        raise ValueError("is said to have no pixels")
     if rows * columns * samples > MAX_PIXELS:
-        raise ValueError(f"is said to have {rows} x {columns} x {samples} values a frame; the most is {MAX_PIXELS}")
+        raise ValueError(f"is said to have more than {MAX_PIXELS} values a frame")
     if not 1 <= frames <= MAX_FRAMES:
-        raise ValueError(f"is said to hold {frames} frames; the most is {MAX_FRAMES}")
+        raise ValueError(f"is said to hold no frame, or more than {MAX_FRAMES}")
 
 
 def without_holes(

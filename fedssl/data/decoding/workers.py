@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
+from operator import itemgetter
 from typing import Any
 
 from fedssl.errors import DataError
@@ -123,7 +124,8 @@ class _Pool:
     def _start(self) -> _Worker:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "fedssl.data.decoding.worker", str(theirs.fileno()), self.settings]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("FEDSSL_DICOMWEB")}
+        environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
             command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -177,7 +179,9 @@ class _Pool:
     def _replace(self, worker: _Worker, waiting: deque[tuple[int, Question]]) -> None:
         worker.process.kill()
         worker.process.wait()
-        waiting.extendleft(reversed(worker.asked))
+        again = sorted([*worker.asked, *waiting], key=itemgetter(0))  # the one due next must stay in front
+        waiting.clear()
+        waiting.extend(again)
         self.workers.remove(worker)
         with contextlib.suppress(OSError):
             worker.link.close()

@@ -15,6 +15,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from fedssl import progress
 from fedssl.data.decoding.record import shrunk
 
 MOST_BITS = 16
@@ -23,6 +24,7 @@ LEAST_CORRELATION = 0.88
 LEAST_EDGE = 64  # pixels on a side: smaller records do not keep enough fine structure, and only exact copies are found
 _FINE_EDGE, _FINE_SIGMA = 96, 1.5
 _CHUNK = 2**16
+_NOTICE_EVERY = 1000
 _NEIGHBOURS = 4
 _POPULATION = np.array([value.bit_count() for value in range(256)], np.uint8)
 _MIXED = np.random.default_rng(0).permutation(256)  # spreads flat regions of images over all bands
@@ -49,6 +51,7 @@ def find_duplicates(
     hashes: UInt8[np.ndarray, "images 32"],
     turned: UInt8[np.ndarray, "images 32"],
     constant: Bool[np.ndarray, " images"],
+    series: Int[np.ndarray, " images"],
     read: Reader | None,
 ) -> Duplicates:
     """Find duplicates among images; a set of n equal ones gives n - 1 pairs.
@@ -58,15 +61,16 @@ def find_duplicates(
         hashes: difference hashes.
         turned: difference hashes of the turned images.
         constant: images without content, which are never duplicates.
+        series: number of each image's series; neighbours of one series are alike and are no near duplicates.
         read: gives the grey values [edge, edge] of an image, to confirm near duplicates; None: exact ones only.
     """
     exact = _exact(digests, constant)
     if read is None:
         return Duplicates(exact, exact[:0], exact[:0])
     busy = _POPULATION[hashes].sum(1) >= LEAST_EDGES
-    near = _without(_candidates(hashes, hashes, busy), exact)
+    near = _without(_candidates(hashes, hashes, busy, series), exact)
     near = _confirmed(near, read, turns=0)
-    sideways = _without(_candidates(turned, hashes, busy), np.concatenate([exact, near]))
+    sideways = _without(_candidates(turned, hashes, busy, series), np.concatenate([exact, near]))
     return Duplicates(exact, near, _confirmed(sideways, read, turns=1))
 
 
@@ -79,7 +83,10 @@ def _exact(digests: UInt8[np.ndarray, "images 16"], constant: Bool[np.ndarray, "
 
 
 def _candidates(
-    first: UInt8[np.ndarray, "images 32"], second: UInt8[np.ndarray, "images 32"], busy: Bool[np.ndarray, " images"]
+    first: UInt8[np.ndarray, "images 32"],
+    second: UInt8[np.ndarray, "images 32"],
+    busy: Bool[np.ndarray, " images"],
+    series: Int[np.ndarray, " images"],
 ) -> Pairs:
     """Pairs (i, j) whose hashes first[i] and second[j] are close, found by sorting each band of both lists together."""
     rows = np.flatnonzero(busy)
@@ -93,7 +100,7 @@ def _candidates(
         order = np.argsort(band, kind="stable")
         for step in range(1, 2 * _NEIGHBOURS + 1):
             a, b = order[:-step], order[step:]
-            match = (band[a] == band[b]) & (left[a] != left[b]) & (owner[a] != owner[b])
+            match = (band[a] == band[b]) & (left[a] != left[b]) & (series[owner[a]] != series[owner[b]])
             a, b = a[match], b[match]
             distance = _POPULATION[both[a] ^ both[b]].sum(1) if len(a) else np.empty(0)
             a, b = a[distance <= MOST_BITS], b[distance <= MOST_BITS]
@@ -124,7 +131,12 @@ def _without(pairs: Pairs, others: Pairs) -> Pairs:
 
 def _confirmed(pairs: Pairs, read: Reader, *, turns: int) -> Pairs:
     """Keep the pairs whose fine structure correlates; the first of each pair is turned before."""
-    kept = [(i, j) for i, j in pairs.tolist() if _alike(np.rot90(read(i), turns), read(j))]
+    kept = []
+    for done, (i, j) in enumerate(pairs.tolist()):
+        if _alike(np.rot90(read(i), turns), read(j)):
+            kept.append((i, j))
+        if (done + 1) % _NOTICE_EVERY == 0:
+            progress.publish(progress.Done("comparing images that look alike", done + 1, len(pairs)))
     return np.array(kept, np.int64).reshape(-1, 2)
 
 

@@ -108,7 +108,7 @@ def _changed(
             dead[entry.part].add(entry.ordinal)
             entry = next(known, None)
         if entry is not None and entry.key == key:
-            same = (entry.bytes, entry.modified_ns) == (item.entry.bytes, item.entry.modified_ns)
+            same = entry.facts == (item.entry.bytes, item.entry.modified_ns, item.site, item.modality)
             same = same and not entry.again and entry.limits in ("", limits)
             if not same:
                 dead[entry.part].add(entry.ordinal)
@@ -140,6 +140,7 @@ def _rows_of(answer: Answer, secret: bytes, decoding: Decoding) -> tuple[dict[st
         "file": item.entry.file, "bytes": item.entry.bytes, "modified_ns": item.entry.modified_ns, "site": item.site,
         "kind": found["kind"], "reason": str(found.get("reason", "")), "again": bool(found.get("again", False)),
         "limits": decoding.limits if found.get("limited") else "", "risk": "",
+        "stated": item.modality,
     }  # fmt: skip
     if found["kind"] != "image":
         return file, [], b""

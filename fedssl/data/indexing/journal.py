@@ -29,7 +29,7 @@ from fedssl.storage import atomic_folder
 FILES = pa.schema([
     ("file", pa.string()), ("bytes", pa.int64()), ("modified_ns", pa.int64()), ("site", pa.string()),
     ("kind", pa.string()), ("reason", pa.string()), ("again", pa.bool_()), ("limits", pa.string()),
-    ("risk", pa.string()),
+    ("risk", pa.string()), ("stated", pa.string()),
 ])  # fmt: skip
 ROWS = pa.schema([
     ("file", pa.string()), ("image", pa.string()), ("frame", pa.int32()), ("site", pa.string()),
@@ -42,7 +42,7 @@ ROWS = pa.schema([
     ("quantiles", pa.list_(pa.float32())), ("digest", pa.binary(16)), ("hash", pa.binary(32)),
     ("hash_turned", pa.binary(32)), ("flags", pa.string()), ("ordinal", pa.int32()),
 ])  # fmt: skip
-_KNOWN = ["file", "bytes", "modified_ns", "again", "limits"]
+_KNOWN = ["file", "bytes", "modified_ns", "site", "stated", "again", "limits"]
 _FILES_IN_A_PART = 1024
 _BYTES_IN_A_PART = 128 * 2**20
 
@@ -50,14 +50,13 @@ _BYTES_IN_A_PART = 128 * 2**20
 class Known(NamedTuple):
     """What the journal knows of a file.
 
-    ``again``: try it at the next scan; ``limits``: of time and memory, where these were why it failed; ``ordinal``: its
-    place in its part.
+    ``facts``: size, time of change, site, and the modality that the manifest states; ``again``: try it at the next
+    scan; ``limits``: of time and memory, where these were why it failed; ``ordinal``: its place in its part.
     """
 
     key: str
     run: int
-    bytes: int
-    modified_ns: int
+    facts: tuple[int, int, str, str]
     again: bool
     limits: str
     part: str
@@ -93,8 +92,8 @@ def _known_of_run(folder: Path, names: list[str]) -> Iterator[Known]:
         table = pq.read_table(folder / name / "files.parquet", columns=_KNOWN)
         columns = [table[column].to_pylist() for column in table.column_names]
         run = int(name.split("-")[0])
-        for ordinal, (file, size, modified, again, limits) in enumerate(zip(*columns, strict=True)):
-            yield Known(order_of(file), run, size, modified, again, limits, name, ordinal)
+        for ordinal, (file, *facts, again, limits) in enumerate(zip(*columns, strict=True)):
+            yield Known(order_of(file), run, tuple(facts), again, limits, name, ordinal)
 
 
 def empty_dead() -> Dead:

@@ -1,6 +1,7 @@
 """Which files there are and whose they are, by folder or by manifest, before any is opened."""
 
-from collections.abc import Iterator, Mapping
+import posixpath
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 from fedssl.data.indexing.walk import Entry, order_of, walk
 from fedssl.errors import DataError
 
+_TEXT = ("image", "file", "patient_id", "site", "study_id", "series_id", "modality", "scanner", "label")
 _MANIFEST_COLUMNS = ("image", "patient_id")
 
 
@@ -59,7 +61,7 @@ def _from_manifest(base: Path, site: str, manifest: Mapping[str, Mapping[str, st
         except (OSError, ValueError) as error:
             missing = isinstance(error, FileNotFoundError)
             entry = Entry(file, 0, 0, "is missing" if missing else "is unreachable")
-        yield Found(entry, path, site or given.get("site") or "site", "", given.get("modality", ""))
+        yield Found(entry, path, site or given.get("site") or "site", "", given.get("modality", "").strip().upper())
 
 
 def read_manifest(path: Path) -> dict[str, dict[str, str]]:
@@ -72,11 +74,12 @@ def read_manifest(path: Path) -> dict[str, dict[str, str]]:
     missing = [name for name in _MANIFEST_COLUMNS if name not in table.column_names]
     if missing:
         raise DataError(
-            f"The manifest lacks the column {' and '.join(missing)}; it has {', '.join(table.column_names)}. "
+            f"The manifest lacks the column {' and '.join(missing)}; {known_columns(table, _TEXT)}. "
             "It needs image (a path beside the manifest) and patient_id."
         )
-    if table["image"].null_count:
-        row = pc.index(pc.is_null(table["image"]), value=True).as_py()
+    empty = pc.or_(pc.is_null(table["image"]), pc.equal(table["image"], ""))
+    if pc.any(empty).as_py():
+        row = pc.index(empty, value=True).as_py()
         raise DataError(f"Row {row + 1} of the manifest has no image path. Fill or remove it.")
     repeated = table.num_rows - len(table["image"].unique())
     if repeated:
@@ -85,19 +88,38 @@ def read_manifest(path: Path) -> dict[str, dict[str, str]]:
     for batch in table.to_batches(max_chunksize=10_000):
         for record in batch.to_pylist():
             given = {key: "" if value is None else str(value) for key, value in record.items()}
-            facts[given.pop("image")] = given
+            facts[tidy(given.pop("image"))] = given
     return facts
 
 
-def read_table(path: Path) -> pa.Table:
+def tidy(file: str) -> str:
+    """Write a path below the root in one way: no ``./``, no doubled or final slash."""
+    return posixpath.normpath(file)
+
+
+def known_columns(table: pa.Table, known: Collection[str]) -> str:
+    """Say what a table has; the names of unknown columns may be a first row, and that may be a patient."""
+    names = sorted(set(known) & set(table.column_names))
+    return f"it has {table.num_columns} columns, known ones: {', '.join(names) or 'none (is the header line missing?)'}"
+
+
+def read_table(path: Path, text: Sequence[str] = ()) -> pa.Table:
     """Read a CSV or Parquet table.
+
+    Args:
+        path: of the table.
+        text: columns of a CSV that are text though they look like numbers, beside names, patients and sites.
 
     Raises:
         DataError: the file is missing or is no table.
     """
     try:
-        return pq.read_table(path) if path.suffix == ".parquet" else pacsv.read_csv(path)
+        if path.suffix == ".parquet":
+            return pq.read_table(path)
+        as_text = dict.fromkeys((*_TEXT, *text), pa.string())  # 007 is not 7, and NA may be a name
+        return pacsv.read_csv(path, convert_options=pacsv.ConvertOptions(column_types=as_text))
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(
-            f"The table {path.name} cannot be read ({type(error).__name__}). Give CSV with a header line, or Parquet."
+            f"The table of labels or images cannot be read ({type(error).__name__}). Give CSV in UTF-8 with a header "
+            "line, or Parquet."
         ) from error

@@ -55,7 +55,7 @@ def build_snapshot(folder: Path, target: Path, dead: Dead, identities: Identitie
     with atomic_folder(target, "the index") as made:
         _distribute(folder, names, dead, identities, made, bits)
         for partition in sorted(made.glob("raw-*.parquet")):
-            table = _finished(pq.read_table(partition))
+            table = _finished(pq.read_table(partition), alone=identities.patient_from == "file")
             pq.write_table(table, made / partition.name.replace("raw", "data"))
             partition.unlink()
             progress.publish(progress.Done("building the index", int(partition.stem[4:]) + 1, 2**bits))
@@ -117,8 +117,13 @@ def _overridden(table: pa.Table, column: str, given: list[str], secret: bytes) -
     return table.set_column(table.column_names.index(column), column, pa.array(values, pa.string()))
 
 
-def _finished(rows: pa.Table) -> pa.Table:
-    """Sort a partition by file and frame, order its series and pool the range of series without a fixed scale."""
+def _finished(rows: pa.Table, *, alone: bool) -> pa.Table:
+    """Sort a partition by file and frame, order its series and pool the range of series without a fixed scale.
+
+    Args:
+        rows: of the partition.
+        alone: every file is its own patient, so that nobody knows how many patients share a description.
+    """
     keys = [order_of(file) for file in rows["file"].to_pylist()]
     order = sorted(range(len(keys)), key=keys.__getitem__)  # stable: frames keep their order
     rows = rows.take(order)
@@ -133,7 +138,7 @@ def _finished(rows: pa.Table) -> pa.Table:
     }  # fmt: skip
     for name, values in columns.items():
         rows = rows.append_column(name, values)
-    return _without_rare_descriptions(rows)
+    return _without_descriptions(rows, pa.array([], pa.string())) if alone else _without_rare_descriptions(rows)
 
 
 def _numbers(rows: pa.Table, column: str) -> np.ndarray:
@@ -156,7 +161,11 @@ def _without_rare_descriptions(rows: pa.Table) -> pa.Table:
     pairs = rows.select(["description", "patient"]).group_by(["description", "patient"]).aggregate([])
     counts = pairs.group_by("description").aggregate([("patient", "count")])
     common = counts.filter(pa.compute.greater_equal(counts["patient_count"], _LEAST_PATIENTS_OF_A_DESCRIPTION))
-    shared = pa.compute.is_in(rows["description"], value_set=common["description"].combine_chunks())
+    return _without_descriptions(rows, common["description"].combine_chunks())
+
+
+def _without_descriptions(rows: pa.Table, kept_ones: pa.Array) -> pa.Table:
+    shared = pa.compute.is_in(rows["description"], value_set=kept_ones)
     kept = pa.compute.if_else(shared, rows["description"], "")
     return rows.set_column(rows.column_names.index("description"), "description", kept)
 
@@ -166,17 +175,17 @@ def _groups(
 ) -> tuple[Duplicates, np.ndarray]:
     """Find duplicates over all partitions and join their patients; the group of each row goes into its own file."""
     paths = sorted(made.glob("data-*.parquet"))
-    columns = ["part", "layout", "slot", "patient", "digest", "hash", "hash_turned", "flags"]
-    table = pa.concat_tables(pq.read_table(path, columns=columns, read_dictionary=["patient"]) for path in paths)
+    columns = ["part", "layout", "slot", "patient", "series", "digest", "hash", "hash_turned", "flags"]
+    coded = ["patient", "series"]
+    table = pa.concat_tables(pq.read_table(path, columns=columns, read_dictionary=coded) for path in paths)
     shards = Shards(folder, names, edge)
     where = [_numbers(table, name) for name in ("part", "layout", "slot")]
     constant = pa.compute.match_substring(table["flags"], "constant").to_numpy()
     read = None if edge < LEAST_EDGE else lambda row: shards.grey(*(int(column[row]) for column in where))
     digests, hashes, turned = (_bytes(table, name) for name in ("digest", "hash", "hash_turned"))
-    found = find_duplicates(digests, hashes, turned, constant, read)
-    patients = table["patient"].unify_dictionaries().combine_chunks()
-    patients = patients if isinstance(patients, pa.DictionaryArray) else patients.chunk(0)
-    code, number = patients.indices.to_numpy(), {name: n for n, name in enumerate(patients.dictionary.to_pylist())}
+    found = find_duplicates(digests, hashes, turned, constant, _coded(table, "series")[0], read)
+    code, patients = _coded(table, "patient")
+    number = {name: place for place, name in enumerate(patients)}
     links = [(number[a], number[b]) for a, b in linked if a in number and b in number]
     pairs = np.concatenate([code[found.every()], np.array(links, np.int64).reshape(-1, 2)])
     groups = _by_first_row(joined(len(number), pairs)[code])
@@ -188,6 +197,13 @@ def _groups(
         pq.write_table(pair, path.with_name(path.name.replace("data", "groups")))
         start = here.stop
     return found, code
+
+
+def _coded(table: pa.Table, column: str) -> tuple[np.ndarray, list[str]]:
+    """Number of each row's value, and the values."""
+    whole = table[column].unify_dictionaries().combine_chunks()
+    whole = whole if isinstance(whole, pa.DictionaryArray) else whole.chunk(0)
+    return whole.indices.to_numpy().astype(np.int64), whole.dictionary.to_pylist()
 
 
 def _bytes(table: pa.Table, column: str) -> np.ndarray:

@@ -1,5 +1,6 @@
 """What was found at a site, in numbers: the page of ``fedssl index``."""
 
+import statistics
 from collections import Counter, defaultdict
 from pathlib import PurePosixPath
 from typing import Any
@@ -75,8 +76,8 @@ class Summary:
         images, files = (sum(counts[name] for counts in self.sites.values()) for name in ("images", "files"))
         if not files:
             raise DataError(
-                "No image was found. fedssl looks for DICOM, NIfTI, PNG, JPEG and TIFF below data.root, one folder a "
-                "site and one a patient. Check data.root."
+                f"No image was found{self._others()}. fedssl looks for DICOM, NIfTI, PNG, JPEG and TIFF below "
+                "data.root, one folder a site and one a patient. Check data.root."
             )
         if not images:
             reasons = "; ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(3))
@@ -88,11 +89,17 @@ class Summary:
                 "new patient, say data.patient_from=file."
             )
         patients = [counts["patients"] for counts in self.sites.values() if counts["images"]]
-        if len(patients) > _FEW_SITES and max(patients) == 1:
+        if len(patients) > _FEW_SITES and statistics.median(patients) == 1:
             raise DataError(
-                f"Each of the {len(patients)} folders below data.root holds a single patient: they look like patients, "
-                "not sites. Put them below one folder a site, or give a manifest with image, patient_id and site."
+                f"Most of the {len(patients)} folders below data.root hold a single patient: they look like patients, "
+                "not sites. Put them below one folder a site, give a manifest with image, patient_id and site, or say "
+                "whose they all are (fedssl index --site NAME). If they are sites, their files hold one PatientID for "
+                "everybody: give a manifest."
             )
+
+    def _others(self) -> str:
+        found = ", ".join(f"{count} {suffix}" for suffix, count in self.foreign.most_common(3))
+        return f", but other files ({found})" if found else ""
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON can hold it."""

@@ -36,8 +36,8 @@ def order_of(file: str) -> str:
 def walk(root: Path) -> Iterator[Entry]:
     """Give every file below ``root``, sorted by ``order_of``; memory holds one folder's names at a time a level.
 
-    Links are followed unless they lead back to a folder above. Hidden files, ``labels.csv`` and other tables are given
-    like all others; what they are is decided by their content.
+    Links are followed unless they lead back to a folder above. Hidden files are passed over; tables and other files are
+    given like all others: what they are is decided by their content.
 
     Raises:
         DataError: ``root`` is no folder or may not be read.
@@ -55,7 +55,7 @@ def walk(root: Path) -> Iterator[Entry]:
 def _below(folder: str, prefix: str, above: tuple[tuple[int, int], ...], *, top: bool = False) -> Iterator[Entry]:
     try:
         with os.scandir(folder) as entries:
-            names = sorted(entries, key=lambda entry: entry.name)
+            names = sorted(entries, key=lambda entry: _as_text(entry.name))
     except OSError as error:
         if top:
             raise
@@ -64,7 +64,7 @@ def _below(folder: str, prefix: str, above: tuple[tuple[int, int], ...], *, top:
     for entry in names:
         if entry.name.startswith("."):
             continue
-        name = entry.name.encode("utf-8", "backslashreplace").decode()
+        name = _as_text(entry.name)
         file = f"{prefix}{name}"
         try:
             status = entry.stat()
@@ -77,6 +77,11 @@ def _below(folder: str, prefix: str, above: tuple[tuple[int, int], ...], *, top:
             yield from _below(entry.path, f"{file}/", (*above, me))
         else:
             yield _file(file, status, text=name == entry.name)
+
+
+def _as_text(name: str) -> str:
+    """Write bytes that are no text as backslash escapes; such names are sorted as they are written."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _file(file: str, status: os.stat_result, *, text: bool) -> Entry:
