@@ -13,7 +13,8 @@ DAMAGED = {  # images that are refused, and why that is right
     "test_files/MR_truncated.dcm": "holds fewer pixels than its header says: it is cut off, or its header is wrong",
     "test_files/JPEG-lossy.dcm": "cannot be decoded (RuntimeError)",  # its scan header is against ITU-T T.81, B.2.3
     # four bytes of the codestream's size are overwritten
-    "test_files/JPEG2000-embedded-sequence-delimiter.dcm": "holds a compressed frame that is larger than its header says",
+    "test_files/JPEG2000-embedded-sequence-delimiter.dcm": "holds a compressed frame that is larger than its header "
+    "says",
 }
 TWINS = [  # the same image stored in two ways
     ("test_files/MR_small_RLE.dcm", "test_files/MR_small.dcm", 0),
