@@ -40,7 +40,7 @@ def print_line(text: str) -> None:
 _COLUMNS = ("site", "patients", "studies", "series", "images", "files", "unreadable", "modalities")
 _COUNTS = {
     "unreadable": "could not be used",
-    "text_risk_let_through": "may show text in the pixels and was let through (data.burned_in)",
+    "text_risk_let_through": "may show text in the pixels, let in by data.burned_in (mask hides all but the scan)",
     "flags": "image looks wrong",
     "other_files": "other file, left alone",
 }

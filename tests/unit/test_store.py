@@ -271,6 +271,21 @@ def test_files_without_a_patient_are_refused_with_the_remedy(mednist, tmp_path):
     assert len(set(images.column("patient"))) == len(images) == 40
 
 
+def test_a_file_of_nobody_is_left_out_with_its_reason_and_the_rest_is_used(copied, tmp_path):
+    for number, path in enumerate(sorted(copied.rglob("*.dcm"))):
+        dataset = dcmread(path)
+        if number % 5 == 0:
+            del dataset.PatientID
+        dataset.save_as(copied / "EAST" / f"{number}.dcm")
+        path.unlink()
+    store = store_of(copied, tmp_path / "store")
+    images = store.open()
+    assert len(images) == 12
+    assert len(set(images.column("patient"))) == 2
+    assert list(store.summary()["unreadable"].values()) == [4]
+    assert "belongs to no known patient" in next(iter(store.summary()["unreadable"]))
+
+
 def test_files_without_patient_id_join_the_only_patient_of_their_folder(copied, tmp_path):
     files = sorted(copied.rglob("*.dcm"))
     for path in files[::3]:

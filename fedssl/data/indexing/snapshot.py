@@ -20,7 +20,7 @@ from fedssl.data.indexing.duplicates import LEAST_EDGE, Duplicates, find_duplica
 from fedssl.data.indexing.identity import Identities
 from fedssl.data.indexing.journal import Dead
 from fedssl.data.indexing.series import series_order, series_range
-from fedssl.data.indexing.summary import Summary
+from fedssl.data.indexing.summary import NO_PATIENT, Summary
 from fedssl.data.indexing.walk import order_of
 from fedssl.data.pseudonym import pseudonym
 from fedssl.data.shards import LAYOUT_NAMES, Shards
@@ -53,14 +53,14 @@ def build_snapshot(folder: Path, target: Path, dead: Dead, identities: Identitie
     bits = max(0, int(np.ceil(np.log2(max(total, 1) / _ROWS_IN_A_PARTITION))))
     summary = Summary()
     with atomic_folder(target, "the index") as made:
-        _distribute(folder, names, dead, identities, made, bits)
+        nameless = _distribute(folder, names, dead, identities, made, bits)
         for partition in sorted(made.glob("raw-*.parquet")):
             table = _finished(pq.read_table(partition), alone=identities.patient_from == "file")
             pq.write_table(table, made / partition.name.replace("raw", "data"))
             partition.unlink()
             progress.publish(progress.Done("building the index", int(partition.stem[4:]) + 1, 2**bits))
             summary.add_images(table)
-        _list_unreadable(folder, names, dead, made / "unreadable.csv", summary)
+        _list_unreadable(_files(folder, names, dead, nameless), made / "unreadable.csv", summary)
         summary.refuse_unusable()
         summary.add_duplicates(*_groups(folder, names, made, identities.linked(), edge))
         write_json(made / "summary.json", summary.as_dict(), "the index")
@@ -68,12 +68,16 @@ def build_snapshot(folder: Path, target: Path, dead: Dead, identities: Identitie
     return summary.as_dict()
 
 
-def _distribute(folder: Path, names: list[str], dead: Dead, identities: Identities, made: Path, bits: int) -> None:
-    """Resolve the patients part by part and sort the rows into partitions."""
+def _distribute(folder: Path, names: list[str], dead: Dead, identities: Identities, made: Path, bits: int) -> set[str]:
+    """Resolve the patients part by part and sort the rows into partitions; return the files that have none."""
     writers: dict[int, pq.ParquetWriter] = {}
+    nameless: set[str] = set()
     try:
         for number, name in enumerate(names):
             rows = _resolved(journal.live_rows(folder, name, dead), number, identities)
+            named = pa.compute.not_equal(rows["patient"], "")
+            nameless.update(rows.filter(pa.compute.invert(named))["file"].to_pylist())
+            rows = rows.filter(named)
             places = np.asarray(rows["shuffle"]) >> (16 - bits)
             for place in np.unique(places):
                 if place not in writers:
@@ -82,6 +86,7 @@ def _distribute(folder: Path, names: list[str], dead: Dead, identities: Identiti
     finally:
         for writer in writers.values():
             writer.close()
+    return nameless
 
 
 def _resolved(rows: pa.Table, part: int, identities: Identities) -> pa.Table:
@@ -219,17 +224,18 @@ def _by_first_row(numbers: np.ndarray) -> np.ndarray:
     return np.argsort(np.argsort(first))[inverse]
 
 
-def _list_unreadable(folder: Path, names: list[str], dead: Dead, path: Path, summary: Summary) -> None:
+def _list_unreadable(files: Iterator[dict[str, Any]], path: Path, summary: Summary) -> None:
     with path.open("w", newline="", encoding="utf-8") as stream:
         path.chmod(0o600)
         writer = csv.writer(stream)
         writer.writerow(["file", "site", "reason"])
-        for file in _files(folder, names, dead):
+        for file in files:
             summary.add_file(file)
             if file["kind"] == "unreadable":
                 writer.writerow([file["file"], file["site"], file["reason"]])
 
 
-def _files(folder: Path, names: list[str], dead: Dead) -> Iterator[dict[str, Any]]:
+def _files(folder: Path, names: list[str], dead: Dead, nameless: set[str]) -> Iterator[dict[str, Any]]:
     for name in names:
-        yield from journal.live_files(folder, name, dead).to_pylist()
+        for file in journal.live_files(folder, name, dead).to_pylist():
+            yield {**file, "kind": "unreadable", "reason": NO_PATIENT} if file["file"] in nameless else file

@@ -11,6 +11,7 @@ import pyarrow as pa
 from fedssl.data.indexing.duplicates import Duplicates
 from fedssl.errors import DataError
 
+NO_PATIENT = "belongs to no known patient (no manifest row, PatientID or folder)"
 _FEW_SITES = 2
 _SUFFIXES = {  # others are not shown: the last part of a name can be a patient's
     ".bmp", ".csv", ".gif", ".gz", ".hdr", ".html", ".img", ".json", ".log", ".md", ".mha", ".mhd", ".mp4", ".ndpi",
@@ -29,7 +30,6 @@ class Summary:
         self.risks: Counter[str] = Counter()
         self.foreign: Counter[str] = Counter()
         self.duplicates: dict[str, int] = {}
-        self.nameless = 0
 
     def add_images(self, table: pa.Table) -> None:
         """Count a partition; no patient, study or series is in two of them."""
@@ -43,7 +43,6 @@ class Summary:
             self.modalities[site].update(rows["modality"].unique().to_pylist())
         for flags in table["flags"].to_pylist():
             self.flags.update(flags.split())
-        self.nameless += pa.compute.sum(pa.compute.equal(table["patient"], "")).as_py() or 0
 
     def add_duplicates(self, found: Duplicates, patients: np.ndarray) -> None:
         """Count duplicate pairs; ``patients`` numbers the patient of each row."""
@@ -79,15 +78,16 @@ class Summary:
                 f"No image was found{self._others()}. fedssl looks for DICOM, NIfTI, PNG, JPEG and TIFF below "
                 "data.root, one folder a site and one a patient. Check data.root."
             )
+        nameless = self.reasons[NO_PATIENT]
+        if not images and nameless:
+            raise DataError(
+                f"No patient is known for {nameless} of {files} files, and no other can be used: splits by patient "
+                "are impossible. Put the files in <site>/<patient>/ folders, give a manifest with patient_id, or, if "
+                "each file truly is a new patient, say data.patient_from=file."
+            )
         if not images:
             reasons = "; ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(3))
             raise DataError(f"None of the {files} files could be read: {reasons}. Check the files or the export.")
-        if self.nameless:
-            raise DataError(
-                f"No patient is known for {self.nameless} of {images} images: splits by patient are impossible. Put "
-                "the files in <site>/<patient>/ folders, give a manifest with patient_id, or, if each file truly is a "
-                "new patient, say data.patient_from=file."
-            )
         patients = [counts["patients"] for counts in self.sites.values() if counts["images"]]
         if len(patients) > _FEW_SITES and statistics.median(patients) == 1:
             raise DataError(
@@ -119,5 +119,4 @@ class Summary:
             "flags": dict(self.flags.most_common()),
             "duplicate_images": self.duplicates,
             "other_files": dict(self.foreign.most_common()),
-            "without_patient": self.nameless,
         }
