@@ -25,7 +25,7 @@ from fedssl.data.shards import Shards
 from fedssl.errors import DataError, StorageError
 from fedssl.storage import exclusive, write_json
 
-_FORMAT = 5  # raise it when what a record or a row holds changes: old caches are then built again
+_FORMAT = 6  # raise it when what a record or a row holds changes: old caches are then built again
 _DECODERS = (
     "nibabel", "pillow", "pydicom", "pyjpegls", "pylibjpeg", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle",
     "python-gdcm",
@@ -86,12 +86,12 @@ class Store:
                 self._drop_damaged()
             if rescan or verify or not self.pointer.exists():
                 self._refresh()
-        index = Index(self.snapshot())
+            index, in_use = Index(self.snapshot()), _shared_lock(self.journal)
         if not index.paths:
             raise DataError("The index was removed in part. Run fedssl index again.")
         parts = json.loads((index.folder / "parts.json").read_text())
         shards = Shards(self.journal, parts, self.decoding.edge)
-        return ImageStore(index, shards, channels, site_secret(self.folder), _shared_lock(self.journal))
+        return ImageStore(index, shards, channels, site_secret(self.folder), in_use)
 
     def snapshot(self) -> Path:
         """Return the folder of the current index."""

@@ -355,6 +355,7 @@ def test_a_bad_manifest_is_refused(copied, tmp_path):
     for text, said in [
         (f"image,patient_id\n{file},A\n{file},B\n", "more than once"),
         ("image,site\na.png,x\n", "patient_id"),
+        (f"image,patient_id\n{file},A\n./{file},B\n", "more than once"),
     ]:
         (copied / "m.csv").write_text(text)
         with pytest.raises(DataError, match=said):
@@ -402,6 +403,27 @@ def test_ultrasound_without_a_statement_is_refused_masked_or_allowed_and_counted
     allowed = store_of(copied, tmp_path / "store", burned_in="allow")
     assert len(allowed.open()) == 16
     assert allowed.summary()["text_risk_let_through"] == {"ultrasound without a statement": 16}
+
+
+@pytest.mark.parametrize("kind", ["SCREENSAVE", ["DERIVED", "SECONDARY", "SCREEN SAVE"]])
+def test_a_screenshot_is_refused_whatever_it_states_and_however_many_words_its_type_has(copied, tmp_path, kind):
+    for path in copied.rglob("*.dcm"):
+        dataset = dcmread(path)
+        dataset.ImageType = kind
+        dataset.save_as(path)
+    with pytest.raises(DataError, match="screenshot"):
+        store_of(copied, tmp_path / "store").open()
+
+
+def test_near_copies_of_two_patients_in_one_folder_of_pictures_are_found(hospitals, tmp_path):
+    folder = tmp_path / "root" / "album"
+    folder.mkdir(parents=True)
+    for number, path in enumerate(sorted(hospitals.glob("EAST/*/003.dcm"))[:4]):
+        image = Image.fromarray(dcmread(path).pixel_array)
+        image.save(folder / f"{number}.png")
+        image.save(folder / f"{number}.jpg", quality=95)
+    images = store_of(tmp_path / "root", tmp_path / "store", site="a", patient_from="file", edge=96).open()
+    assert len(set(images.column("group"))) == 4
 
 
 def test_colour_stays_colour_for_three_channels_and_becomes_luma_for_one(tmp_path):

@@ -29,7 +29,8 @@ def risk(dataset: Dataset) -> str:
     stated = str(dataset.get("BurnedInAnnotation") or "").upper()
     if stated == "YES":
         return "said to have burned-in text"
-    if _SCREEN_WORDS & {str(word).upper() for word in dataset.get("ImageType") or ()}:
+    kind = dataset.get("ImageType") or ()
+    if _SCREEN_WORDS & {str(word).upper() for word in ([kind] if isinstance(kind, str) else kind)}:
         return "screenshot"
     found = "" if stated == "NO" else _unstated(dataset)
     return found or ("overlay" if _has_overlay(dataset) else "")

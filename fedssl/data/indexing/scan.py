@@ -81,14 +81,14 @@ def read_manifest(path: Path) -> dict[str, dict[str, str]]:
     if pc.any(empty).as_py():
         row = pc.index(empty, value=True).as_py()
         raise DataError(f"Row {row + 1} of the manifest has no image path. Fill or remove it.")
-    repeated = table.num_rows - len(table["image"].unique())
-    if repeated:
-        raise DataError(f"The manifest lists {repeated} images more than once. Keep one row for each image.")
     facts = {}
     for batch in table.to_batches(max_chunksize=10_000):
         for record in batch.to_pylist():
             given = {key: "" if value is None else str(value) for key, value in record.items()}
             facts[tidy(given.pop("image"))] = given
+    repeated = table.num_rows - len(facts)
+    if repeated:
+        raise DataError(f"The manifest lists {repeated} images more than once. Keep one row for each image.")
     return facts
 
 

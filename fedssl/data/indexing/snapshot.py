@@ -188,8 +188,9 @@ def _groups(
     constant = pa.compute.match_substring(table["flags"], "constant").to_numpy()
     read = None if edge < LEAST_EDGE else lambda row: shards.grey(*(int(column[row]) for column in where))
     digests, hashes, turned = (_bytes(table, name) for name in ("digest", "hash", "hash_turned"))
-    found = find_duplicates(digests, hashes, turned, constant, _coded(table, "series")[0], read)
     code, patients = _coded(table, "patient")
+    series = _coded(table, "series")[0] * len(patients) + code  # a folder of many patients' pictures is no one series
+    found = find_duplicates(digests, hashes, turned, constant, series, read)
     number = {name: place for place, name in enumerate(patients)}
     links = [(number[a], number[b]) for a, b in linked if a in number and b in number]
     pairs = np.concatenate([code[found.every()], np.array(links, np.int64).reshape(-1, 2)])
