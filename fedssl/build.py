@@ -117,8 +117,8 @@ def participants(config: Config, store: ImageStore) -> dict[str, list[str]]:
         DataError: a site of data.sites has no images, or none is left.
     """
     known = sorted(set(store.column("site").tolist()))
-    unseen = [str(site) for site in config["data"]["unseen_sites"]]
-    chosen = [str(site) for site in config["data"]["sites"] or ()] or [site for site in known if site not in unseen]
+    unseen = config["data"]["unseen_sites"]
+    chosen = config["data"]["sites"] or [site for site in known if site not in unseen]
     missing = [site for site in [*chosen, *unseen] if site not in known]
     if missing or not chosen:
         raise DataError(

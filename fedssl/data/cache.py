@@ -8,11 +8,11 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Bool, Float
 
+from fedssl.data.decoding.picture import LUMA
 from fedssl.data.index import Index
 from fedssl.data.pseudonym import pseudonym
 from fedssl.data.shards import Shards
 
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 HOUNSFIELD_LOW, HOUNSFIELD_SPAN = -1024.0, 4096.0
 
 
@@ -107,7 +107,7 @@ class ImageStore:
     def _channels(self, values: np.ndarray, *, colour: bool) -> np.ndarray:
         if not colour:
             return values[None]
-        return (values @ _LUMA)[None] if self.channels == 1 else values.transpose(2, 0, 1)
+        return (values @ LUMA)[None] if self.channels == 1 else values.transpose(2, 0, 1)
 
 
 def select(store: ImageStore, mask: np.ndarray) -> "Subset":

@@ -56,7 +56,6 @@ def write_contact_sheet(folder: Path, store: ImageStore, summary: dict[str, Any]
     path = folder / "contact-sheet.html"
     with atomic_file(path, "the contact sheet") as stream:
         stream.write(page.encode())
-    path.chmod(0o600)
     return path
 
 

@@ -5,7 +5,6 @@ whole or absent, so a pull that was stopped goes on where it was. What the archi
 filters chose before, stays in the mirror.
 """
 
-import os
 import threading
 import time
 from collections import Counter
@@ -226,7 +225,6 @@ class _Run:
 
         def fetch() -> None:
             with atomic_file(file, "an image of the mirror") as stream:
-                os.fchmod(stream.fileno(), 0o600)
                 for block in server.instance(*uids):
                     stream.write(block)
                 stream.flush()

@@ -40,8 +40,14 @@ class Index:
         values = pa.concat_tables(tables).column(0)
         if not pa.types.is_dictionary(values.type):
             return values.to_numpy()
-        whole = values.unify_dictionaries().combine_chunks()
-        whole = whole if isinstance(whole, pa.DictionaryArray) else whole.chunk(0)
-        if pa.types.is_binary(whole.type.value_type):
-            return np.asarray(whole.to_pylist(), object)
-        return np.asarray(whole.dictionary.to_pylist(), np.str_)[whole.indices.to_numpy()]
+        codes, words = coded(values)
+        if words and isinstance(words[0], bytes):
+            return np.asarray(words, object)[codes]
+        return np.asarray(words, np.str_)[codes]
+
+
+def coded(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str] | list[bytes]]:
+    """Take a dictionary column apart: the number of each row's value, and the values."""
+    whole = column.unify_dictionaries().combine_chunks()
+    whole = whole if isinstance(whole, pa.DictionaryArray) else whole.chunk(0)
+    return whole.indices.to_numpy(), whole.dictionary.to_pylist()

@@ -16,7 +16,6 @@ def site_secret(folder: Path) -> bytes:
     path = folder / "site.secret"
     if not path.exists():
         with atomic_file(path, "the site's secret") as stream:
-            Path(stream.name).chmod(0o600)
             stream.write(secrets.token_bytes(32))
     return path.read_bytes()
 

@@ -19,7 +19,7 @@ from pydicom.uid import (
     JPEGLSNearLossless,
 )
 
-from fedssl.data.decoding.burned_in import Policy, masked, refuse_by_policy, scan_regions
+from fedssl.data.decoding.burned_in import Policy, masked, refuse_by_policy, risk, scan_regions
 from fedssl.data.decoding.codestream import refuse_bomb, refuse_other_size
 from fedssl.data.decoding.dicom_frames import picture_of
 from fedssl.data.decoding.picture import Picture, refuse_absurd
@@ -60,7 +60,7 @@ def parse(data: bytes) -> Dataset:
     """Parse the bytes of a file; without file meta information (old archives) the encoding is guessed by pydicom.
 
     Raises:
-        ValueError: no DICOM, no picture of a patient, cut off, or of a size that no image has.
+        ValueError: no DICOM, no picture of a patient, or deflated beyond all measure.
     """
     if is_dicom(data):
         _refuse_bombs(data)
@@ -143,8 +143,7 @@ def pictures(dataset: Dataset, policy: Policy = Policy.ALLOW) -> Iterator[Pictur
     frames = int(dataset.get("NumberOfFrames") or 1)
     refuse_absurd(*size, frames)
     _refuse_short(dataset, size, frames)
-    hide = policy is Policy.MASK and bool(refuse_by_policy(dataset, policy))
-    regions = scan_regions(dataset) if hide else []
+    regions = scan_regions(dataset) if policy is Policy.MASK and risk(dataset) else []
     for number, stored in enumerate(_stored(dataset, frames)):
         yield picture_of(masked(stored, regions) if regions else stored, dataset, number)
 

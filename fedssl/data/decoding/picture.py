@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Shaped
 
 MAX_PIXELS = 2**27  # of one frame, samples counted: more is refused before anything is allocated
 MAX_FRAMES = 100_000
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 SOFT_TISSUE = (-160.0, 240.0)  # Hounsfield units: window 400, level 40
 
 

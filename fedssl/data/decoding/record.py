@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 from PIL import Image
 
-from fedssl.data.decoding.picture import Meaning, Picture, inside
+from fedssl.data.decoding.picture import LUMA, Meaning, Picture, inside
 
 LAYOUTS = {"grey8": ("|u1", 1), "grey16": ("<u2", 1), "rgb8": ("|u1", 3)}  # name -> dtype, channels
 LEVELS = (0.0, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0)
@@ -165,7 +165,7 @@ def _quantised(values: Float[np.ndarray, "..."], top: int) -> Shaped[np.ndarray,
 
 def _grey(square: Shaped[np.ndarray, "..."], low: float, high: float) -> Float[np.ndarray, "edge edge"]:
     values = square.astype(np.float32)
-    flat = values @ np.array([0.299, 0.587, 0.114], np.float32) if values.ndim == 3 else values  # ITU-R BT.601
+    flat = values @ LUMA if values.ndim == 3 else values
     return np.clip((flat - low) / (high - low if high != low else 1.0), 0.0, 1.0)
 
 

@@ -19,12 +19,12 @@ from typing import Any
 from fedssl.errors import DataError
 
 _DEPTH = 4  # requests a worker holds, so that it never waits for the next one
+_AHEAD = 64  # answers that may wait, for each worker, behind a slow file
 _MOST_HELD = 2**28  # bytes of such answers
 _START_S = 120.0  # for the imports of a process, from a cold network drive too
 _LAST_BREATH_S = 1.0
 _MOST_BYTES = 2**32  # of one message
 _KINDS = ("image", "foreign", "unreadable")
-_AHEAD = 64  # answers that may wait, for each worker, behind a slow file
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def decode_all(
     A process that crashes, uses more than ``memory_gb`` or works on one file for more than ``timeout_s`` seconds is
     replaced; its file is answered as unreadable with the reason, and the others go on.
     """
-    settings = json.dumps({"edge": edge, "burned_in": burned_in, "memory_gb": memory_gb, "timeout_s": timeout_s})
+    settings = json.dumps({"edge": edge, "burned_in": burned_in, "memory_gb": memory_gb})
     pool = _Pool(settings, timeout_s)
     done: dict[int, Answer] = {}
     numbered = enumerate(questions)

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fedssl import progress
+from fedssl.data.index import coded
 from fedssl.data.indexing import journal
 from fedssl.data.indexing.duplicates import LEAST_EDGE, Duplicates, find_duplicates, joined
 from fedssl.data.indexing.identity import Identities
@@ -35,13 +36,11 @@ _OWN = [
 _GIVEN = {"study": "study_id", "series": "series_id", "modality": "modality", "scanner": "scanner"}
 
 
-def build_snapshot(folder: Path, target: Path, dead: Dead, identities: Identities, *, edge: int) -> dict[str, Any]:
-    """Write the index of all live files into the new folder ``target``.
-
-    Returns:
-        The summary of ``fedssl.data.indexing.summary``, which is also written as ``summary.json``.
+def build_snapshot(folder: Path, target: Path, dead: Dead, identities: Identities, *, edge: int) -> None:
+    """Write the index of all live files into the new folder ``target``, with ``summary.json``.
 
     Raises:
+        DataError: nothing can be trained on it.
         StorageError: the disk is full.
     """
     names = journal.live_parts(folder, dead)
@@ -65,7 +64,6 @@ def build_snapshot(folder: Path, target: Path, dead: Dead, identities: Identitie
         summary.add_duplicates(*_groups(folder, names, made, identities.linked(), edge))
         write_json(made / "summary.json", summary.as_dict(), "the index")
         write_json(made / "parts.json", names, "the index")
-    return summary.as_dict()
 
 
 def _distribute(folder: Path, names: list[str], dead: Dead, identities: Identities, made: Path, bits: int) -> set[str]:
@@ -181,15 +179,17 @@ def _groups(
     """Find duplicates over all partitions and join their patients; the group of each row goes into its own file."""
     paths = sorted(made.glob("data-*.parquet"))
     columns = ["part", "layout", "slot", "patient", "series", "digest", "hash", "hash_turned", "flags"]
-    coded = ["patient", "series"]
-    table = pa.concat_tables(pq.read_table(path, columns=columns, read_dictionary=coded) for path in paths)
+    words = ["patient", "series"]
+    table = pa.concat_tables(pq.read_table(path, columns=columns, read_dictionary=words) for path in paths)
     shards = Shards(folder, names, edge)
     where = [_numbers(table, name) for name in ("part", "layout", "slot")]
     constant = pa.compute.match_substring(table["flags"], "constant").to_numpy()
     read = None if edge < LEAST_EDGE else lambda row: shards.grey(*(int(column[row]) for column in where))
     digests, hashes, turned = (_bytes(table, name) for name in ("digest", "hash", "hash_turned"))
-    code, patients = _coded(table, "patient")
-    series = _coded(table, "series")[0] * len(patients) + code  # a folder of many patients' pictures is no one series
+    code, patients = coded(table["patient"])
+    series = (
+        coded(table["series"])[0].astype(np.int64) * len(patients) + code
+    )  # a folder of many patients' pictures is no one series
     found = find_duplicates(digests, hashes, turned, constant, series, read)
     number = {name: place for place, name in enumerate(patients)}
     links = [(number[a], number[b]) for a, b in linked if a in number and b in number]
@@ -203,13 +203,6 @@ def _groups(
         pq.write_table(pair, path.with_name(path.name.replace("data", "groups")))
         start = here.stop
     return found, code
-
-
-def _coded(table: pa.Table, column: str) -> tuple[np.ndarray, list[str]]:
-    """Number of each row's value, and the values."""
-    whole = table[column].unify_dictionaries().combine_chunks()
-    whole = whole if isinstance(whole, pa.DictionaryArray) else whole.chunk(0)
-    return whole.indices.to_numpy().astype(np.int64), whole.dictionary.to_pylist()
 
 
 def _bytes(table: pa.Table, column: str) -> np.ndarray:
