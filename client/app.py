@@ -50,7 +50,7 @@ def _work(agent: SiteAgent, expected: str, content: RecordDict) -> RecordDict:
     if order.number == 0:
         agent.check()
         return wire.write_presence(agent.site, {"images": len(agent.images)})
-    return wire.write_update(agent.train(order.run, order.number, order.rounds, state))
+    return wire.write_update(agent.train(order.run, order.number, order.rounds, state, contrast=order.contrast))
 
 
 @functools.lru_cache(maxsize=32)

@@ -1,34 +1,29 @@
-"""Views of medical images, made for a whole batch at once on the batch's device.
+"""Views of medical images: crops of several scales with random geometry and grey values, made batch by batch.
 
-Grey values stay in 0 to 1. Every random number comes from the given generator, one row an image.
+Every random number comes from the given generator, one row an image.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from fedssl.data.batches import ImageBatch
-from fedssl.data.cache import HOUNSFIELD_LOW, HOUNSFIELD_SPAN
-
-CT_WINDOWS = (  # centre and width in Hounsfield units: soft tissue, lung, bone, brain, mediastinum, liver
-    (40.0, 400.0), (-600.0, 1500.0), (400.0, 1800.0), (40.0, 80.0), (50.0, 350.0), (60.0, 160.0),
-)  # fmt: skip
-Images = Float[Tensor, "batch channels rows columns"]
-
-
-def _uniform(batch: int, low: float, high: float, generator: Generator) -> Float[Tensor, " batch"]:
-    return torch.rand(batch, generator=generator, device=generator.device) * (high - low) + low
+from fedssl import intensity
+from fedssl.data.batches import UNLABELLED, ImageBatch, ViewBatch
+from fedssl.data.modality import MODALITIES, OTHER
+from fedssl.errors import ConfigError
+from fedssl.intensity import Images, uniform
 
 
 def random_crops(
     images: Images, generator: Generator, *, edge: int, area: tuple[float, float], rotation: float, flip: bool
 ) -> Float[Tensor, "batch channels edge edge"]:
-    """Cut one random rectangle a image, rotate and scale it to ``edge`` pixels (Inception crops, Szegedy et al. 2015).
+    """Cut one random rectangle an image, rotate and scale it to ``edge`` pixels (Inception crops, Szegedy et al. 2015).
 
     Args:
         images: the batch.
@@ -39,14 +34,14 @@ def random_crops(
         flip: mirror left and right with probability one half; only where anatomy allows.
     """
     batch = len(images)
-    share = _uniform(batch, *area, generator)
-    ratio = torch.exp(_uniform(batch, math.log(3 / 4), math.log(4 / 3), generator))
+    share = uniform(batch, *area, generator)
+    ratio = torch.exp(uniform(batch, math.log(3 / 4), math.log(4 / 3), generator))
     width, height = (share * ratio).sqrt().clamp(max=1.0), (share / ratio).sqrt().clamp(max=1.0)
-    centre_x = _uniform(batch, -1.0, 1.0, generator) * (1.0 - width)
-    centre_y = _uniform(batch, -1.0, 1.0, generator) * (1.0 - height)
-    angle = _uniform(batch, -math.radians(rotation), math.radians(rotation), generator)
+    centre_x = uniform(batch, -1.0, 1.0, generator) * (1.0 - width)
+    centre_y = uniform(batch, -1.0, 1.0, generator) * (1.0 - height)
+    angle = uniform(batch, -math.radians(rotation), math.radians(rotation), generator)
     if flip:
-        width = width * torch.where(_uniform(batch, 0.0, 1.0, generator) < 0.5, -1.0, 1.0)
+        width = width * torch.where(uniform(batch, 0.0, 1.0, generator) < 0.5, -1.0, 1.0)
     cos, sin = angle.cos(), angle.sin()
     rows = [
         torch.stack([width * cos, -height * sin, centre_x], 1),
@@ -56,92 +51,163 @@ def random_crops(
     return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
 
 
-def gamma(images: Images, generator: Generator, *, strength: float) -> Images:
-    """Raise grey values to exp(U(-strength, strength))."""
-    exponent = torch.exp(_uniform(len(images), -strength, strength, generator))
-    return images.clamp(1e-4, 1.0) ** exponent[:, None, None, None]
+@dataclass(frozen=True)
+class Crops:
+    """Crops of one scale.
 
-
-def linear_intensity(images: Images, generator: Generator, *, contrast: float, brightness: float) -> Images:
-    """Scale contrast about the mean by exp(U(-contrast, contrast)), add U(-brightness, brightness), clip to 0..1."""
-    scale = torch.exp(_uniform(len(images), -contrast, contrast, generator))[:, None, None, None]
-    shift = _uniform(len(images), -brightness, brightness, generator)[:, None, None, None]
-    mean = images.mean((1, 2, 3), keepdim=True)
-    return ((images - mean) * scale + mean + shift).clamp(0.0, 1.0)
-
-
-def noise(images: Images, generator: Generator, *, sigma: float) -> Images:
-    """Add white noise of a standard deviation drawn from U(0, sigma) for each image."""
-    level = _uniform(len(images), 0.0, sigma, generator)[:, None, None, None]
-    return images + level * torch.randn(images.shape, generator=generator, device=images.device)
-
-
-def clinical_window(batch: ImageBatch, generator: Generator, *, probability: float) -> Images:
-    """Show CT through its own window or, with ``probability``, through one of the windows of radiologists.
-
-    Everything that is not in Hounsfield units is left as it is. The choice is drawn for each image.
+    Attributes:
+        count: of each image.
+        edge: their pixels on a side.
+        area: their smallest and largest share of the image's area.
     """
-    if batch.hounsfield is None or probability == 0.0:
-        return batch.shown()
-    count = len(batch)
-    choice = torch.randint(len(CT_WINDOWS), (count,), generator=generator, device=generator.device)
-    change = (_uniform(count, 0.0, 1.0, generator) < probability)[:, None, None, None] & batch.hounsfield
-    windows = torch.tensor(CT_WINDOWS, device=generator.device)[choice]
-    centre, half = (windows[:, 0] - HOUNSFIELD_LOW) / HOUNSFIELD_SPAN, windows[:, 1] / HOUNSFIELD_SPAN / 2.0
-    low = torch.where(change, (centre - half)[:, None, None, None], batch.low)
-    high = torch.where(change, (centre + half)[:, None, None, None], batch.high)
-    return ImageBatch(batch.values, low, high, batch.hounsfield).shown()
+
+    count: int
+    edge: int
+    area: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """How strongly views differ from their image; 0 switches a change off.
+
+    Attributes:
+        rotation: degrees, either way.
+        flip: mirror left and right; only where anatomy allows.
+        energy: of the bands of detail, see ``fedssl.intensity.energy``.
+        gamma: strength of the gamma change.
+        contrast: strength of the contrast change.
+        brightness: largest shift of the grey values.
+        blur: largest standard deviation of a Gaussian, in pixels of the view.
+        noise: largest standard deviation of added noise.
+        ct_windows: probability that a view of a CT image has another window than the image's own.
+        ct_jitter: random change of a CT window, a share of its width.
+    """
+
+    rotation: float = 0.0
+    flip: bool = False
+    energy: float = 0.0
+    gamma: float = 0.0
+    contrast: float = 0.0
+    brightness: float = 0.0
+    blur: float = 0.0
+    noise: float = 0.0
+    ct_windows: float = 0.0
+    ct_jitter: float = 0.0
+
+    def view(self, images: ImageBatch, generator: Generator, crops: Crops) -> Float[Tensor, "batch channels edge edge"]:
+        """Make one standardised view of each image."""
+        low, high = crops.area
+        grey = intensity.clinical_window(images, generator, probability=self.ct_windows, jitter=self.ct_jitter)
+        view = random_crops(grey, generator, edge=crops.edge, area=(low, high), rotation=self.rotation, flip=self.flip)
+        view = intensity.energy(view, generator, strength=self.energy)
+        view = intensity.gamma(view, generator, strength=self.gamma)
+        view = intensity.linear_intensity(view, generator, contrast=self.contrast, brightness=self.brightness)
+        view = intensity.blur(view, generator, sigma=self.blur)
+        return standardise(intensity.noise(view, generator, sigma=self.noise))
 
 
 @dataclass(frozen=True)
 class Views:
-    """Multi-crop views (SwAV, section 3.2): ``globals`` large crops, then ``locals`` small ones.
+    """Multi-crop views (SwAV, section 3.2) of any number of scales.
 
     Attributes:
-        global_count: large crops of each image; at least two.
-        global_edge: their pixels on a side.
-        global_area: their share of the image's area.
-        local_count: small crops of each image.
-        local_edge: their pixels on a side.
-        local_area: their share of the image's area.
-        rotation: degrees, either way.
-        flip: mirror left and right.
-        gamma: strength of the gamma change.
-        contrast: strength of the contrast change.
-        brightness: largest shift of the grey values.
-        noise: largest standard deviation of added noise.
-        ct_windows: probability that a view of a CT image has another window than the image's own.
+        scales: the first holds the pair of views that is compared.
+        changes: how strongly views differ.
+        modalities: other changes for images of some modalities, by position in ``MODALITIES``.
     """
 
-    global_count: int
-    global_edge: int
-    global_area: Sequence[float]
-    local_count: int
-    local_edge: int
-    local_area: Sequence[float]
-    rotation: float
-    flip: bool
-    gamma: float
-    contrast: float
-    brightness: float
-    noise: float
-    ct_windows: float = 0.2
+    scales: Sequence[Crops]
+    changes: Changes
+    modalities: Mapping[int, Changes] = field(default_factory=dict)
 
-    def __call__(self, images: ImageBatch, generator: Generator) -> list[Tensor]:
-        """Make all views of a batch; each is standardised by ``standardise``."""
-        globals_ = [self._view(images, generator, self.global_edge, self.global_area) for _ in range(self.global_count)]
-        locals_ = [self._view(images, generator, self.local_edge, self.local_area) for _ in range(self.local_count)]
-        return globals_ + locals_
+    @property
+    def edge(self) -> int:
+        """Pixels on a side of the compared views: the size for which the encoder is trained."""
+        return self.scales[0].edge
+
+    def __call__(self, images: ImageBatch, generator: Generator) -> ViewBatch:
+        """Make all views of a batch; rows with a partner take every other view from it."""
+        sources = (images, images if images.partner is None else images.partner)
+        plan = [crops for crops in self.scales for _ in range(crops.count)]
+        views = [self._view(sources[number % 2], generator, crops) for number, crops in enumerate(plan)]
+        nothing = torch.full((len(images),), OTHER, device=images.values.device)
+        modality = torch.stack([nothing if source.modality is None else source.modality for source in sources])
+        label = torch.full_like(nothing, UNLABELLED) if images.label is None else images.label
+        return ViewBatch(views, modality, label)
 
     def _view(
-        self, images: ImageBatch, generator: Generator, edge: int, area: Sequence[float]
+        self, images: ImageBatch, generator: Generator, crops: Crops
     ) -> Float[Tensor, "batch channels edge edge"]:
-        low, high = area
-        grey = clinical_window(images, generator, probability=self.ct_windows)
-        view = random_crops(grey, generator, edge=edge, area=(low, high), rotation=self.rotation, flip=self.flip)
-        view = gamma(view, generator, strength=self.gamma)
-        view = linear_intensity(view, generator, contrast=self.contrast, brightness=self.brightness)
-        return standardise(noise(view, generator, sigma=self.noise))
+        if not self.modalities or images.modality is None:
+            return self.changes.view(images, generator, crops)
+        view = images.values.new_empty(len(images), images.values.shape[1], crops.edge, crops.edge)
+        for group in images.modality.unique().tolist():
+            rows = (images.modality == group).nonzero()[:, 0]
+            changes = self.modalities.get(group, self.changes)
+            view[rows] = changes.view(images.pick(rows), generator, crops)
+        return view
+
+
+def make_views(
+    *,
+    crops: Any,  # noqa: ANN401 - checked here, so that the message names the setting
+    modalities: Mapping[str, Mapping[str, Any]] | None = None,
+    **changes: Any,  # noqa: ANN401 - likewise
+) -> Views:
+    """Make views from plain settings.
+
+    Args:
+        crops: ``count``, ``edge`` and ``area`` of each scale by a name; the scale ``global`` is the first.
+        modalities: what differs for images of a modality, by its name in ``MODALITIES``.
+        changes: see ``Changes``.
+
+    Raises:
+        ConfigError: a scale, a modality or a strength is not usable.
+    """
+    others = modalities or {}
+    problems = [*_unusable_crops(crops), *_unusable_changes(changes, "")]
+    problems += [text for name, other in others.items() for text in _unusable_changes(other, f"modalities.{name}.")]
+    problems += [
+        f"modalities.{name} does not exist; there are {', '.join(MODALITIES)}"
+        for name in others.keys() - set(MODALITIES)
+    ]
+    if problems:
+        raise ConfigError("; ".join(f"augment.{text}" for text in problems) + ".")
+    plain = Changes(**changes)
+    by_group = {MODALITIES.index(name): replace(plain, **other) for name, other in others.items()}
+    names = ["global", *(name for name in crops if name != "global")]
+    return Views([Crops(**crops[name]) for name in names], plain, by_group)
+
+
+def _unusable_crops(crops: Any) -> Iterator[str]:  # noqa: ANN401 - whatever the YAML holds
+    """Give every scale that makes no views, with what it must be."""
+    if not isinstance(crops, Mapping) or "global" not in crops:
+        yield "crops must hold the scale global: its first two views are compared"
+        return
+    for name, scale in crops.items():
+        if not isinstance(scale, Mapping) or scale.keys() != {"count", "edge", "area"}:
+            yield f"crops.{name} must be {{count: ..., edge: ..., area: [low, high]}}"
+        elif not _is_scale(**scale):
+            yield f"crops.{name} needs a whole count of at least 0, a whole edge of at least 8 and 0 < low <= high <= 1"
+        elif name == "global" and scale["count"] < 2:
+            yield "crops.global.count must be at least 2: views are compared"
+
+
+def _is_scale(*, count: object, edge: object, area: object) -> bool:
+    whole = type(count) is int and type(edge) is int and count >= 0 and edge >= 8
+    low, high = area if isinstance(area, Sequence) and len(area) == 2 else (1.0, 0.0)
+    return whole and isinstance(low, int | float) and isinstance(high, int | float) and 0 < low <= high <= 1
+
+
+def _unusable_changes(changes: Mapping[str, Any], place: str) -> Iterator[str]:
+    """Give every strength that is none."""
+    known = sorted(setting.name for setting in fields(Changes))
+    for name, strength in changes.items():
+        most = 1.0 if name == "ct_windows" else math.inf
+        if name not in known:
+            yield f"{place}{name} does not exist; there are {', '.join(known)}"
+        elif not isinstance(strength, int | float) or not 0.0 <= strength <= most:
+            yield f"{place}{name} must be a number of at least 0" + (" and at most 1" if most == 1.0 else "")
 
 
 def standardise(images: Images) -> Images:

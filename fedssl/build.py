@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedssl import progress
@@ -15,28 +17,70 @@ from fedssl.augment import Views
 from fedssl.config import REMOTE, Config, instantiate_node
 from fedssl.data.cache import ImageStore, Subset, select
 from fedssl.data.indexing.ingest import Decoding
+from fedssl.data.labels import labels_of_images
 from fedssl.data.pseudonym import site_secret
 from fedssl.data.splits import test_mask
 from fedssl.data.store import Source, Store
 from fedssl.errors import ConfigError, DataError
 from fedssl.methods.base import Method
+from fedssl.optim import Schedule
 from fedssl.site.agent import LocalWork, SiteAgent
+from fedssl.start_weights import load_start_weights
 from fedssl.storage import cache_folder
 from fedssl.training import pick_device
+from fedssl.update import shared_state
 
 POOLED_SITE = "pooled"
+_TINY = 16  # pixels on a side: 1 x 1 before the last stage of a residual network
 
 
 def build_method(config: Config) -> Method:
     """Build encoder and method, untrained, on the chosen device."""
-    encoder = instantiate_node(config["encoder"])
-    method: Method = instantiate_node(config["method"], encoder=encoder)
+    node = {key: value for key, value in config["encoder"].items() if key != "weights"}
+    method = _build_method(config["method"], instantiate_node(node))
     return method.to(pick_device(config["training"]["device"]))
 
 
+def _build_method(node: Mapping[str, Any], encoder: nn.Module) -> Method:
+    """Build a method, or one that is built on another (``base``)."""
+    if "base" not in node:
+        return instantiate_node(node, encoder=encoder)
+    outer = {key: value for key, value in node.items() if key != "base"}
+    return instantiate_node(outer, base=_build_method(node["base"], encoder))
+
+
+def first_state(config: Config) -> dict[str, Tensor]:
+    """Return the shared state that a federation starts from: random, or an encoder from ``encoder.weights``.
+
+    Raises:
+        ConfigError: the weights do not fit the encoder.
+        DataError: their file cannot be read.
+    """
+    method = build_method(config)
+    weights = config["encoder"]["weights"]
+    if weights:
+        load_start_weights(method.encoder, Path(weights), in_chans=config["encoder"]["in_chans"])
+    return shared_state(method)
+
+
 def build_views(config: Config) -> Views:
-    """Build the maker of augmented views."""
-    return instantiate_node(config["augment"])
+    """Build the maker of augmented views.
+
+    Raises:
+        ConfigError: a setting is unusable, or views are too small for mixed precision.
+    """
+    views: Views = instantiate_node(config["augment"])
+    if config["training"]["precision"] == "bf16" and any(scale.edge <= _TINY for scale in views.scales):
+        raise ConfigError(
+            f"augment.crops of {_TINY} pixels or less need training.precision=float32: on CPUs PyTorch's bf16 "
+            "convolution with stride 2 of a 1 x 1 map gives gradients from memory that was never written."
+        )
+    return views
+
+
+def image_edge(config: Config) -> int:
+    """Pixels on a side of what the encoder is trained for and evaluated with."""
+    return build_views(config).edge
 
 
 def build_aggregator(config: Config) -> WeightedMean:
@@ -46,7 +90,7 @@ def build_aggregator(config: Config) -> WeightedMean:
 
 def optimizer_maker(config: Config) -> Callable[[Method], Optimizer]:
     """Return a function that makes a fresh optimiser for a method."""
-    node = {key: value for key, value in config["optim"].items() if key != "warmup"}
+    node = {key: value for key, value in config["optim"].items() if key not in {"warmup", "schedule"}}
     return partial(_make_optimizer, node)
 
 
@@ -148,7 +192,7 @@ def build_agent(config: Config, node_config: Mapping[str, Any]) -> SiteAgent:
 
     Args:
         config: the configuration.
-        node_config: ``site``, ``data-dir``, ``burned-in`` and ``patient-from`` where a hospital runs it;
+        node_config: ``site``, ``data-dir``, ``labels``, ``burned-in`` and ``patient-from`` where a hospital runs it;
             ``partition-id`` in a simulation.
 
     Raises:
@@ -172,13 +216,23 @@ def build_agent(config: Config, node_config: Mapping[str, Any]) -> SiteAgent:
         members = sites[site]
     training = config["training"]
     work = LocalWork(
-        training["batch_size"], training["local_epochs"], config["seed"], config["optim"]["warmup"],
-        training["precision"], training["threads"],
+        training["batch_size"], training["local_epochs"], config["seed"],
+        Schedule(config["optim"]["schedule"], config["optim"]["warmup"]), config["pairing"], training["precision"],
+        training["threads"],
     )  # fmt: skip
+    images = training_images(config, store, members)
     return SiteAgent(
-        site, training_images(config, store, members), store_folder(config, root) / "state", build_method(config),
-        optimizer_maker(config), build_views(config), work,
+        site, images, store_folder(config, root) / "state", build_method(config), optimizer_maker(config),
+        build_views(config), work, _training_labels(config, store)[images.rows],
     )  # fmt: skip
+
+
+def _training_labels(config: Config, store: ImageStore) -> np.ndarray:
+    """Labels of all images of a store, read only where the method learns from them."""
+    if not config["method"].get("classes"):
+        return np.full(len(store), "")
+    data = config["data"]
+    return labels_of_images(store, Path(data["labels"]) if data["labels"] else None, data["label"])
 
 
 def _with_own_settings(config: Config, node_config: Mapping[str, Any]) -> Config:
@@ -188,5 +242,6 @@ def _with_own_settings(config: Config, node_config: Mapping[str, Any]) -> Config
         "patient_from": str(node_config.get("patient-from", "auto")),
         "store": None,
         "filters": None,
+        "labels": node_config.get("labels"),
     }
     return {**config, "data": {**config["data"], **own}}

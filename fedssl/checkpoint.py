@@ -26,6 +26,7 @@ class Checkpoint:
         best_loss: lowest weighted mean loss of a round so far.
         images_seen: images that all sites trained on so far.
         sites: names of the sites of the last round.
+        contrast: factor of the contrastive term in the next round.
     """
 
     state: Mapping[str, Tensor]
@@ -35,6 +36,7 @@ class Checkpoint:
     best_loss: float | None = None
     images_seen: int = 0
     sites: list[str] = field(default_factory=list)
+    contrast: float = 1.0
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:

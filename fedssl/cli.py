@@ -179,12 +179,13 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 def export(run: Annotated[Path, typer.Argument(help="A run folder, or a checkpoint in one.")]) -> None:
     """Write the encoder as exported/encoder.onnx: standardised grey images in, features out."""
     with _explained():
+        from fedssl.build import image_edge
         from fedssl.label_efficiency import resolve_run, trained_method
         from fedssl.release.onnx import export_onnx
 
         config, method = trained_method(run)
         path = resolve_run(run)[0].path / "exported" / "encoder.onnx"
-        export_onnx(path, method.encoder, in_chans=config["encoder"]["in_chans"], edge=config["augment"]["global_edge"])
+        export_onnx(path, method.encoder, in_chans=config["encoder"]["in_chans"], edge=image_edge(config))
         print_line(f"Encoder: {path}")
 
 

@@ -18,9 +18,12 @@ Config = dict[str, Any]
 REMOTE = "dicomweb+"  # the start of a root that is a PACS and no folder
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "configs"
 ALLOWED_TARGETS = ("fedssl.", "torch.optim.")
-_PATHS = (("data", "root"), ("data", "store"), ("evaluation", "labels"))  # made absolute: runs are read from anywhere
-_QUOTED = {"data.root", "data.store", "evaluation.labels", "run_dir"}
-_SHARED_SECTIONS = ("seed", "encoder", "method", "augment", "optim", "aggregation")
+_PATHS = (  # made absolute: runs are read from anywhere
+    ("data", "root"), ("data", "store"), ("data", "labels"), ("evaluation", "labels"), ("encoder", "weights"),
+)  # fmt: skip
+_QUOTED = {f"{section}.{key}" for section, key in _PATHS} | {"run_dir"}
+_BASE = "method@method.base"
+_SHARED_SECTIONS = ("seed", "encoder", "method", "augment", "optim", "aggregation", "pairing", "collapse")
 _SHARED_KEYS = (
     "training.batch_size", "training.local_epochs", "training.precision", "federation.rounds", "simulation.pool",
     "data.edge", "data.sites", "data.unseen_sites", "data.test_fraction",
@@ -49,11 +52,13 @@ def load(overrides: Sequence[str]) -> Config:
     overrides = [_quoted(override) for override in overrides]
     try:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-            _refuse_unknown(overrides, list(_keys(OmegaConf.to_container(compose("config"), resolve=False))))
+            chosen = compose("config", overrides=[text for text in overrides if _is_choice(text)])
+            _refuse_unknown(overrides, list(_keys(OmegaConf.to_container(chosen, resolve=False))))
             composed = compose("config", overrides=list(overrides))
-        config = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        _refuse_missing(OmegaConf.missing_keys(composed))
+        config = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error, overrides)) from error
+        raise ConfigError(f"The configuration cannot be composed: {str(error).strip().splitlines()[0]}") from error
     assert isinstance(config, dict)
     plain: Config = {str(key): value for key, value in config.items()}
     for key in ("sites", "unseen_sites"):  # a site may be called 3
@@ -66,8 +71,13 @@ def load(overrides: Sequence[str]) -> Config:
 
 
 def _quoted(override: str) -> str:
-    """Quote the value of a path, which may hold blanks, commas and brackets; users should not have to."""
+    """Quote the value of a path, which may hold blanks, commas and brackets; users should not have to.
+
+    ``method.base=NAME`` becomes what Hydra calls the choice of a file for a part of another file.
+    """
     key, _, value = override.partition("=")
+    if key == "method.base":
+        return f"{_BASE}={value}"
     if key not in _QUOTED or value in {"", "null", "???"} or value[0] in "'\"$":
         return override
     escaped = value.replace("\\", "\\\\").replace("'", "\\'")
@@ -91,19 +101,32 @@ def _keys(node: Any, prefix: str = "") -> Iterator[str]:  # noqa: ANN401 - neste
             yield from _keys(value, f"{prefix}{name}.")
 
 
+def _group_of(key: str) -> str:
+    """Return the folder of configs/ that a key chooses from, or an empty string."""
+    bare = key.lstrip("+~").removesuffix(_BASE.removeprefix("method"))
+    return bare if bare and (CONFIG_FOLDER / bare).is_dir() else ""
+
+
+def _is_choice(override: str) -> bool:
+    """Tell whether an override chooses a file of configs/ that exists."""
+    key, _, choice = override.partition("=")
+    group = _group_of(key)
+    fits = (group == "experiment") == key.startswith("+")
+    return bool(group) and fits and (CONFIG_FOLDER / group / f"{choice}.yaml").is_file()
+
+
 def _refuse_unknown(overrides: Sequence[str], known: list[str]) -> None:
-    groups = {path.name for path in CONFIG_FOLDER.iterdir() if path.is_dir()}
     problems = []
     for override in overrides:
         key = override.split("=", 1)[0]
         bare = key.lstrip("+~")
         if "=" not in override:
             problems.append(f"'{override}' is not key=value")
-        elif bare in groups and (bare != "experiment" or key == "+experiment"):
-            problems.extend(_unknown_choice(bare, override.split("=", 1)[1]))
+        elif _group_of(key) and (bare != "experiment" or key == "+experiment"):
+            problems.extend(_unknown_choice(_group_of(key), override.split("=", 1)[1]))
         elif bare == "experiment":
             problems.append("write +experiment=NAME with a plus: an experiment is added to the defaults")
-        elif bare.startswith("evaluation.where."):
+        elif bare.startswith(("evaluation.where.", "augment.crops.", "augment.modalities.")):
             continue
         elif key not in known:
             near = difflib.get_close_matches(bare, known, n=2, cutoff=0.5)
@@ -117,11 +140,13 @@ def _unknown_choice(group: str, choice: str) -> list[str]:
     return [] if choice in choices else [f"{group}={choice} does not exist; there are {', '.join(choices)}"]
 
 
-def _explain(error: Exception, overrides: Sequence[str]) -> str:
-    text = str(error).strip().splitlines()[0]
-    if "data.root" in str(error) and not any(override.startswith("data.root=") for override in overrides):
-        return "data.root is missing. Say where the images are: fedssl simulate data.root=FOLDER (or run fedssl demo)."
-    return f"The configuration cannot be composed: {text}"
+def _refuse_missing(keys: set[str]) -> None:
+    if "data.root" in keys:
+        raise ConfigError(
+            "data.root is missing. Say where the images are: fedssl simulate data.root=FOLDER (or run fedssl demo)."
+        )
+    if keys:
+        raise ConfigError(f"{', '.join(sorted(keys))} has no default. Give it on the command line, as key=value.")
 
 
 def _check(config: Config) -> None:
@@ -145,10 +170,11 @@ def _check(config: Config) -> None:
         (data["budget_gb"] is None or _positive(data["budget_gb"]), "data.budget_gb must be null or above 0"),
         (data["patient_from"] in {"auto", "file"}, "data.patient_from must be auto or file"),
         (data["filters"] is None or isinstance(data["filters"], dict), "data.filters must be {KEYWORD: value, ...}"),
-        (_share(config["augment"]["ct_windows"], top=True), "augment.ct_windows must lie between 0 and 1"),
         (_whole(evaluation["seeds"], 1), "evaluation.seeds must be a whole number of at least 1"),
         (_whole(evaluation["bootstrap"], 10), "evaluation.bootstrap must be a whole number of at least 10"),
-        (_whole(config["augment"]["global_count"], 2), "augment.global_count must be at least 2: views are compared"),
+        (config["pairing"] in {"image", "patient", "series"}, "pairing must be image, patient or series"),
+        (isinstance(config["collapse"]["contrast"], int | float) and config["collapse"]["contrast"] >= 1,
+         "collapse.contrast must be at least 1"),
         (set(config["simulation"]["arms"]) <= {"federated", "single_site", "pooled"},
          "simulation.arms may hold federated, single_site, pooled"),
         (isinstance(evaluation["fractions"], list) and all(_positive(f) and f <= 1 for f in evaluation["fractions"]),
@@ -175,6 +201,7 @@ def _positive(value: object) -> bool:
 def fingerprint(config: Config) -> str:
     """Hash what server and sites must agree on; paths, devices, deadlines and evaluation do not count."""
     shared: Config = {section: config[section] for section in _SHARED_SECTIONS}
+    shared["encoder"] = {key: value for key, value in config["encoder"].items() if key != "weights"}
     for key in _SHARED_KEYS:
         section, name = key.split(".")
         shared[key] = config[section][name]

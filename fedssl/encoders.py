@@ -1,6 +1,7 @@
 """Encoders by timm name, with GroupNorm by default: no running statistics to average or to leak."""
 
 import difflib
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,13 @@ from fedssl.errors import ConfigError
 
 
 def build_encoder(
-    name: str, *, norm: str = "group", norm_groups: int = 32, in_chans: int = 1, seed: int = 0
+    name: str,
+    *,
+    norm: str = "group",
+    norm_groups: int = 32,
+    in_chans: int = 1,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
 ) -> nn.Module:
     """Make an untrained encoder whose forward maps [batch, in_chans, edge, edge] to features [batch, num_features].
 
@@ -23,6 +30,7 @@ def build_encoder(
         norm: ``group`` (GroupNorm, Wu & He 2018), or ``model`` for the model's own norm.
         norm_groups: groups of each GroupNorm; must divide every width.
         in_chans: image channels.
+        options: further arguments of the timm model, such as ``dynamic_img_size`` of vision transformers.
         seed: of the initial weights; equal at all sites, so that averages by index make sense.
 
     Raises:
@@ -32,15 +40,17 @@ def build_encoder(
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f" Did you mean {' or '.join(near)}?" if near else " List the names with timm.list_models()."
         raise ConfigError(f"encoder.name={name} is not a timm model.{hint}")
-    options: dict[str, Any] = {"norm_layer": partial(GroupNorm, num_groups=norm_groups)} if norm == "group" else {}
+    given = {**(options or {})} | (
+        {"norm_layer": partial(GroupNorm, num_groups=norm_groups)} if norm == "group" else {}
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            encoder = timm.create_model(name, pretrained=False, num_classes=0, in_chans=in_chans, **options)
+            encoder = timm.create_model(name, pretrained=False, num_classes=0, in_chans=in_chans, **given)
         except (TypeError, ValueError) as error:
             raise ConfigError(
-                f"encoder.name={name} cannot be built with norm={norm} and norm_groups={norm_groups} "
-                f"({error}). Choose encoder.norm=model or other groups."
+                f"encoder.name={name} cannot be built with norm={norm}, norm_groups={norm_groups} and "
+                f"options={options} ({error}). Choose encoder.norm=model or other groups."
             ) from error
     if any(isinstance(module, _BatchNorm) and module.track_running_stats for module in encoder.modules()):
         raise ConfigError(

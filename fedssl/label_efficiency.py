@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 
 from fedssl import progress
-from fedssl.build import build_method, open_images, participants, training_digest
+from fedssl.build import build_method, image_edge, open_images, participants, training_digest
 from fedssl.checkpoint import Checkpoint, load_checkpoint
 from fedssl.config import Config
 from fedssl.data.cache import ImageStore
+from fedssl.data.labels import label_table
 from fedssl.data.splits import test_mask
 from fedssl.errors import ConfigError, DataError
 from fedssl.evaluation.features import embed, intensity_statistics, metadata, raw_pixels
 from fedssl.evaluation.protocol import Score, compare, score_encoders
 from fedssl.evaluation.prototype_sheet import write_sheet
-from fedssl.evaluation.task import Task, label_table, make_task
+from fedssl.evaluation.task import Task, make_task
 from fedssl.methods.base import PROTOTYPES, Method
 from fedssl.run_folder import RunFolder
 from fedssl.storage import atomic_file, write_json
@@ -65,7 +66,7 @@ def evaluate_run(path: Path, labels: Path | None = None, changed: Mapping[str, A
     folder.bind_images(training_digest(config, store))
     task = _task(config, store, labels)
     method = build_method(config)
-    edge = config["augment"]["global_edge"]
+    edge = image_edge(config)
     features = {RANDOM: embed(method.encoder, store, task.rows, edge=edge)}
     encoders: dict[str, Any] = {RANDOM: {"round": 0, "images_seen": 0}}
     for name, source in _arms(folder, checkpoint_path, config["federation"]["rounds"]).items():

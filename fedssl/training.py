@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 
 from fedssl import progress
 from fedssl.augment import Views, centre_view
+from fedssl.clustering import modality_information
 from fedssl.collapse import rank_me
 from fedssl.data.batches import Batches, ImageBatch, image_batch
 from fedssl.errors import FederationError
 from fedssl.methods.base import Loss, Method
-from fedssl.optim import set_rate, warmup_cosine
+from fedssl.optim import Schedule, set_rate
 from fedssl.prototypes import perplexity
 
 RANKME_SAMPLES = 512
@@ -33,14 +34,14 @@ class Round:
         number: 1 for the first round.
         rounds: of the whole federation.
         seed: of the run; the site's order and views derive from it, its name and the round.
-        warmup: share of the federation's steps in which the learning rate rises.
+        schedule: of the learning rate over the federation.
     """
 
     site: str
     number: int
     rounds: int
     seed: int
-    warmup: float
+    schedule: Schedule
 
     def derived_seed(self, purpose: str) -> int:
         """Derive a 63-bit seed for one purpose at this site in this round."""
@@ -105,10 +106,13 @@ def train_round(
     device = next(method.parameters()).device
     generator = torch.Generator(device).manual_seed(place.derived_seed("views"))
     method.train()
+    method.begin_round()
     sums: dict[str, Tensor] = {}
     clock, steps = _Clock(), len(batches)
     for step, images in enumerate(clock.wait_for(batches)):
-        set_rate(optimizer, warmup_cosine((place.number - 1 + step / steps) / place.rounds, warmup=place.warmup))
+        done = (place.number - 1 + step / steps) / place.rounds
+        set_rate(optimizer, place.schedule(done))
+        method.begin_step(done)
         with torch.no_grad():
             crops = views(images.to(device), generator)
         with autocast():
@@ -158,15 +162,18 @@ def _measure(
     seconds, waited = clock.elapsed, clock.waited
     metrics = {name: float(value) / steps for name, value in sums.items() if name not in {"mass", "usage"}}
     usage = sums.get("usage")
+    assert set(method.terms) <= metrics.keys()
     if usage is not None:
-        metrics["effective_prototypes"] = perplexity(usage)
-    metrics["rankme"] = rank_me(_sample_features(method, batches, views.global_edge, place))
+        metrics["effective_prototypes"] = perplexity(usage.sum(0))
+        told = modality_information(usage)
+        metrics |= {} if told is None else {"modality_nmi": told}
+    metrics["rankme"] = rank_me(_sample_features(method, batches, views.edge, place))
     metrics["images"] = float(steps * batches.size)
     metrics["seconds"] = seconds
     metrics["images_per_s"] = metrics["images"] / seconds
     metrics["data_wait"] = waited / seconds
     mass = sums.get("mass")
-    return Trained(metrics, None if mass is None else mass.cpu(), None if usage is None else usage.cpu())
+    return Trained(metrics, None if mass is None else mass.cpu(), None if usage is None else usage.sum(0).cpu())
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """What a site gives back after a round, what of a method may leave a site, and the check at the server's border."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,8 @@ from fedssl.methods.base import PROTOTYPES, Method
 _MOST = 1e9  # more than any site has: a larger figure is an error or an attack
 METRICS = frozenset(
     {
-        "loss", "contrastive", "clustering", "effective_prototypes", "rankme", "images", "seconds", "images_per_s",
-        "data_wait", "optimizer_restarted",
+        "loss", "effective_prototypes", "modality_nmi", "rankme", "images", "seconds", "images_per_s", "data_wait",
+        "optimizer_restarted",
     }
 )  # fmt: skip
 
@@ -30,7 +30,8 @@ class Update:
         examples: images that the site trained on, its weight in averages.
         mass: [prototypes] soft number of samples assigned to each prototype, or None.
         usage: [prototypes] number of samples nearest to each prototype, or None.
-        metrics: figures of the round, by the names in ``METRICS``: nothing else may leave a site or be recorded.
+        metrics: figures of the round, by the names in ``METRICS`` and the method's terms: nothing else may leave a site
+            or be recorded.
     """
 
     site: str
@@ -64,21 +65,26 @@ def load_shared_state(method: Method, state: Mapping[str, Tensor]) -> None:
         parameter.copy_(state[name])
 
 
-def check_update(update: Update, reference: Mapping[str, Tensor]) -> None:
+def check_update(update: Update, reference: Mapping[str, Tensor], terms: Collection[str]) -> None:
     """Accept only an update that can be averaged.
+
+    Args:
+        update: of a site.
+        reference: the state that the site was sent.
+        terms: names of the terms of the method's loss.
 
     Raises:
         UpdateRefused: names the site and the first thing that does not fit the reference.
     """
-    for reason in _misfits(update, reference):
+    for reason in _misfits(update, reference, METRICS | set(terms)):
         raise UpdateRefused(update.site, reason)
 
 
-def _misfits(update: Update, reference: Mapping[str, Tensor]) -> Iterator[str]:
+def _misfits(update: Update, reference: Mapping[str, Tensor], names: Collection[str]) -> Iterator[str]:
     """Give everything about an update that does not fit."""
     if not 0 < update.examples < _MOST:
         yield f"it reports {update.examples:.3g} images"
-    if not {"loss", "images"} <= update.metrics.keys() <= METRICS:
+    if not {"loss", "images"} <= update.metrics.keys() or not update.metrics.keys() <= set(names):
         yield "its metrics lack loss or images, or have a name that is not on the list"
     elif not all(math.isfinite(value) and abs(value) < _MOST for value in update.metrics.values()):
         yield "its metrics are not finite or absurdly large"

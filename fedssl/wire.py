@@ -18,18 +18,28 @@ from torch import Tensor
 from fedssl.errors import ConfigError, FederationError
 from fedssl.update import Update
 
-PROTOCOL = 1
+PROTOCOL = 2
 _LONGEST_NAME, _LONGEST_REASON = 64, 500
+MOST_CONTRAST = 8.0
 
 
 @dataclass(frozen=True)
 class Order:
-    """What the server asks of a site. ``number`` 0 is the roll call: who is there, with which configuration."""
+    """What the server asks of a site.
+
+    Attributes:
+        run: random name of the run.
+        number: the round; 0 is the roll call: who is there, with which configuration.
+        rounds: of the whole federation.
+        fingerprint: of the configuration.
+        contrast: factor of the contrastive term in this round.
+    """
 
     run: str
     number: int
     rounds: int
     fingerprint: str
+    contrast: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,12 @@ def read_order(content: RecordDict, fingerprint: str) -> tuple[Order, dict[str, 
         raise ConfigError(
             f"has configuration {fingerprint}, the server {record['fingerprint']!r}; use equal versions and overrides"
         )
-    order = Order(str(record["run"]), _int(record["number"]), _int(record["rounds"]), fingerprint)
+    contrast = _float(record["contrast"])
+    if not 1.0 <= contrast <= MOST_CONTRAST:
+        raise ConfigError(
+            f"was told to weigh the contrastive term {contrast:.3g} times; 1 to {MOST_CONTRAST:g} is allowed"
+        )
+    order = Order(str(record["run"]), _int(record["number"]), _int(record["rounds"]), fingerprint, contrast)
     state = unpack(content.array_records["state"], content.config_records["layout"]) if "state" in content else {}
     return order, state
 

@@ -7,12 +7,12 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedssl import config as settings
-from fedssl.build import build_aggregator, build_method
+from fedssl.build import build_aggregator, build_method, first_state
 from fedssl.checkpoint import Checkpoint
 from fedssl.run_folder import RunFolder
-from fedssl.update import shared_state
 from server.record import Recorder
-from server.rounds import Plan, run_rounds
+from server.remedy import Remedy
+from server.rounds import Plan, RoundResult, run_rounds
 
 app = ServerApp()
 
@@ -29,14 +29,17 @@ def main(grid: Grid, context: Context) -> None:
         folder.start(overwrite=config["overwrite"])
     folder.save_config(config)
     if checkpoint is None:
-        checkpoint = Checkpoint(shared_state(method), secrets.token_hex(8), 0, fingerprint)
+        checkpoint = Checkpoint(first_state(config), secrets.token_hex(8), 0, fingerprint)
     federation = config["federation"]
     plan = Plan(
         checkpoint.run, federation["rounds"], fingerprint, federation["min_sites"], federation["deadline_s"],
-        federation["wait_s"],
+        federation["wait_s"], frozenset(method.terms),
     )  # fmt: skip
-    with Recorder(
-        folder, checkpoint, rounds=plan.rounds, num_prototypes=method.num_prototypes, width=method.width
-    ) as recorder:
-        for result in run_rounds(grid, dict(checkpoint.state), checkpoint.round, plan, build_aggregator(config)):
+    collapse = config["collapse"]
+    remedy = Remedy(
+        plan.rounds, method.num_prototypes, method.width, config["seed"], collapse["reseed"], collapse["contrast"]
+    )
+    start = RoundResult(checkpoint.round, dict(checkpoint.state), contrast=checkpoint.contrast)
+    with Recorder(folder, checkpoint, rounds=plan.rounds) as recorder:
+        for result in run_rounds(grid, start, plan, build_aggregator(config), remedy.treat):
             recorder.record(result)

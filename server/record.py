@@ -6,12 +6,8 @@ from typing import Any, Self
 
 from fedssl import progress
 from fedssl.checkpoint import Checkpoint
-from fedssl.collapse import diagnose
 from fedssl.run_folder import RunFolder
-from fedssl.training import RANKME_SAMPLES
 from server.rounds import RoundResult
-
-_SETTLING_ROUNDS, _SETTLING_SHARE = 3, 0.2  # untrained codes look collapsed at first
 
 
 class Recorder:
@@ -21,18 +17,12 @@ class Recorder:
         folder: the run's.
         checkpoint: where the run stands.
         rounds: of the whole federation.
-        num_prototypes: K, or 0.
-        width: of the encoder's features.
     """
 
-    def __init__(
-        self, folder: RunFolder, checkpoint: Checkpoint, *, rounds: int, num_prototypes: int, width: int
-    ) -> None:
+    def __init__(self, folder: RunFolder, checkpoint: Checkpoint, *, rounds: int) -> None:
         self.folder = folder
         self.checkpoint = checkpoint
         self.rounds = rounds
-        self.num_prototypes = num_prototypes
-        self.width = width
         self.collapsed: set[str] = set()
         self.board = _tensorboard(folder, checkpoint.round)
 
@@ -51,14 +41,15 @@ class Recorder:
         """Write metrics, then the checkpoint: a resumed run drops metrics that have no checkpoint."""
         weights = {site: metrics["images"] for site, metrics in result.metrics.items()}
         loss = sum(result.metrics[site]["loss"] * weight for site, weight in weights.items()) / sum(weights.values())
-        signs = self._signs_of_collapse(result)
         for site, metrics in result.metrics.items():
             self.folder.record_site(result.number, site, metrics)
         row: dict[str, Any] = {
             "round": result.number,
             "train/loss": loss,
             "ssl/prototype_agreement": result.agreement,
-            "ssl/collapse": signs,
+            "ssl/collapse": result.signs,
+            "ssl/reseeded": result.reseeded,
+            "ssl/contrast": result.contrast,
             "ssl/usage": result.usage,
             "federation/sites": sorted(result.metrics),
             "federation/failed": result.failed,
@@ -75,9 +66,10 @@ class Recorder:
             best_loss=loss if best else self.checkpoint.best_loss,
             images_seen=self.checkpoint.images_seen + int(sum(weights.values())),
             sites=sorted(result.metrics),
+            contrast=result.contrast,
         )
         self.folder.save(self.checkpoint, best=best)
-        self._alarm(result.number, signs)
+        self._alarm(result.number, result.signs)
 
     def _alarm(self, number: int, signs: dict[str, list[str]]) -> None:
         """Say it loudly when a site collapses, and again in the last round; the metrics keep every round."""
@@ -86,17 +78,6 @@ class Recorder:
                 text = f"COLLAPSE at site {site}, round {number}: {'; '.join(sentences)}."
                 progress.publish(progress.Note(text, alarm=True))
         self.collapsed = set(signs)
-
-    def _signs_of_collapse(self, result: RoundResult) -> dict[str, list[str]]:
-        if result.number <= max(_SETTLING_ROUNDS, _SETTLING_SHARE * self.rounds):
-            return {}
-        found = {}
-        for site, metrics in result.metrics.items():
-            samples = min(RANKME_SAMPLES, result.examples[site])
-            signs = diagnose(metrics, num_prototypes=self.num_prototypes, width=self.width, samples=samples)
-            if signs:
-                found[site] = signs
-        return found
 
     def _draw(self, result: RoundResult, loss: float) -> None:
         if self.board is None:

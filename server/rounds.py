@@ -6,7 +6,7 @@ is first; those that wait stay at the SuperLink, and the server's memory does no
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from flwr.app import Message, MessageType, RecordDict
@@ -27,7 +27,7 @@ _GRACE_S = 600.0  # answers stay at the SuperLink while earlier ones are folded
 
 @dataclass(frozen=True)
 class Plan:
-    """What stays the same over the rounds: see ``federation`` in configs/config.yaml."""
+    """What stays the same over the rounds: see ``federation`` in the configuration; ``terms`` of the loss."""
 
     run: str
     rounds: int
@@ -35,6 +35,7 @@ class Plan:
     min_sites: int
     deadline_s: float
     wait_s: float
+    terms: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -51,6 +52,9 @@ class RoundResult:
         failed: reason by site, for those whose answer is missing or refused.
         bytes_up: received from all sites.
         bytes_down: sent to all sites.
+        signs: of collapse, by site.
+        reseeded: prototypes that were started again.
+        contrast: factor of the contrastive term in the next round.
     """
 
     number: int
@@ -62,20 +66,39 @@ class RoundResult:
     failed: dict[str, str] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
+    signs: dict[str, list[str]] = field(default_factory=dict)
+    reseeded: int = 0
+    contrast: float = 1.0
+
+
+def _untreated(result: RoundResult, contrast: float) -> RoundResult:  # noqa: ARG001 - what a treatment is given
+    return result
 
 
 def run_rounds(
-    grid: Grid, state: dict[str, Tensor], done: int, plan: Plan, aggregator: WeightedMean
+    grid: Grid,
+    start: RoundResult,
+    plan: Plan,
+    aggregator: WeightedMean,
+    treat: Callable[[RoundResult, float], RoundResult] = _untreated,
 ) -> Iterator[RoundResult]:
-    """Run the rounds after ``done`` and give each one's result.
+    """Run the rounds after ``start`` and give each one's result.
+
+    Args:
+        grid: the sites.
+        start: the federation as it stands.
+        plan: what stays the same.
+        aggregator: combines the sites' states.
+        treat: looks at each round's result and the contrast it was trained with; may change what comes next.
 
     Raises:
         FederationError: fewer than ``min_sites`` sites are there or answer well; each missing one is named.
     """
     sites = _call_roll(grid, plan)
-    for number in range(done + 1, plan.rounds + 1):
-        result = _run_round(grid, sites, state, number, plan, aggregator)
-        state = result.state
+    result = start
+    for number in range(start.number + 1, plan.rounds + 1):
+        order = wire.Order(plan.run, number, plan.rounds, plan.fingerprint, result.contrast)
+        result = treat(_run_round(grid, sites, result.state, order, plan, aggregator), result.contrast)
         yield result
 
 
@@ -132,17 +155,23 @@ def _wait_for_nodes(grid: Grid, plan: Plan) -> list[int]:
 
 
 def _run_round(
-    grid: Grid, sites: Mapping[str, int], state: dict[str, Tensor], number: int, plan: Plan, aggregator: WeightedMean
+    grid: Grid,
+    sites: Mapping[str, int],
+    state: dict[str, Tensor],
+    order: wire.Order,
+    plan: Plan,
+    aggregator: WeightedMean,
 ) -> RoundResult:
+    number = order.number
     result = RoundResult(number, state)
-    order = wire.write_order(wire.Order(plan.run, number, plan.rounds, plan.fingerprint), state)
+    content = wire.write_order(order, state)
     deadline = time.monotonic() + plan.deadline_s
-    pending = _push(grid, order, list(sites.values()), MessageType.TRAIN, plan)
-    result.bytes_down = wire.size_in_bytes(order) * len(sites)
+    pending = _push(grid, content, list(sites.values()), MessageType.TRAIN, plan)
+    result.bytes_down = wire.size_in_bytes(content) * len(sites)
     mean, centres = RunningSum(), PrototypeSum()
     for site, (_, message_id) in zip(sites, pending, strict=True):
         try:
-            update = _receive(_pull(grid, message_id, deadline), site, state, result)
+            update = _receive(_pull(grid, message_id, deadline), site, state, plan.terms, result)
         except UpdateRefused as refusal:
             result.failed[site] = refusal.reason
             progress.publish(progress.Note(f"Round {number}: {refusal}. The round goes on without it.", alarm=True))
@@ -168,7 +197,9 @@ def _fold(
     result.examples[update.site] = update.examples
 
 
-def _receive(answer: Message | None, site: str, state: Mapping[str, Tensor], result: RoundResult) -> Update:
+def _receive(
+    answer: Message | None, site: str, state: Mapping[str, Tensor], terms: frozenset[str], result: RoundResult
+) -> Update:
     """Read and check one answer.
 
     Raises:
@@ -184,7 +215,7 @@ def _receive(answer: Message | None, site: str, state: Mapping[str, Tensor], res
         raise UpdateRefused(site, update.reason)
     if update.site != site:
         raise UpdateRefused(site, f"answered under the name {update.site}")
-    check_update(update, state)
+    check_update(update, state, terms)
     result.bytes_up += wire.size_in_bytes(answer.content)
     return update
 

@@ -24,9 +24,10 @@ from fedssl.data.batches import Batches
 from fedssl.data.cache import Subset
 from fedssl.data.indexing.ingest import Decoding
 from fedssl.data.store import Source, Store
+from fedssl.optim import Schedule
 from fedssl.training import Round, autocast_for, train_round
 from fedssl.update import Update, shared_state
-from server.rounds import Plan, run_rounds
+from server.rounds import Plan, RoundResult, run_rounds
 from simulations.grid import InProcessGrid
 
 _IMAGES, _REPEATS = 512, 5
@@ -67,7 +68,7 @@ def _random_images(folder: Path, edge: int) -> Subset:
 def _fedssl(config: Config, batches: Batches) -> float:
     """Seconds of one round, without the RankMe sample at its end."""
     method = build_method(config)
-    place = Round("bench", 1, 10, 0, 0.1)
+    place = Round("bench", 1, 10, 0, Schedule(warmup=0.1))
     autocast = autocast_for(torch.device("cpu"), "float32")
     trained = train_round(
         method, optimizer_maker(config)(method), batches, build_views(config), place, autocast=autocast
@@ -105,7 +106,7 @@ def _overhead() -> float:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     begin = time.perf_counter()
     grid = InProcessGrid(answer, {number + 2: {"site": f"s{number}"} for number in range(8)}, {})
-    list(run_rounds(grid, state, 0, Plan("ab" * 8, 2, "bench", 8, 60.0, 1.0), WeightedMean()))
+    list(run_rounds(grid, RoundResult(0, state), Plan("ab" * 8, 2, "bench", 8, 60.0, 1.0), WeightedMean()))
     return time.perf_counter() - begin
 
 

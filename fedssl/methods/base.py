@@ -2,13 +2,15 @@
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fedssl.data.batches import ViewBatch
 from fedssl.encoders import feature_width
 
 PROTOTYPES = "prototypes"
@@ -20,34 +22,48 @@ class Loss:
 
     Attributes:
         total: the weighted sum, with gradient.
-        terms: each term, detached.
+        terms: each term, detached; the names that the method declares.
         mass: [prototypes] soft number of samples assigned to each prototype; None for methods without prototypes.
-        usage: [prototypes] how many samples are nearest to each prototype; None likewise.
+        usage: [modalities, prototypes] how many samples of each modality are nearest to each prototype; None likewise.
     """
 
     total: Float[Tensor, ""]
     terms: Mapping[str, Tensor]
     mass: Float[Tensor, " prototypes"] | None = None
-    usage: Float[Tensor, " prototypes"] | None = None
+    usage: Float[Tensor, "modalities prototypes"] | None = None
 
 
 class Method(nn.Module, ABC):
-    """An encoder in training. Subclasses compute ``loss`` with free functions and remember nothing between steps.
+    """An encoder in training. Subclasses compute ``loss`` with free functions.
+
+    A target network or a queue lives for one round: ``begin_round`` makes it anew from the shared weights.
 
     Attributes:
         shared: names, or starts of names, of the parameters that may leave the site. Buffers never leave: queues,
             momentum copies and BatchNorm statistics are made of patients' images.
+        terms: names of the loss's terms; their means over a round leave the site.
+        classes: names of the labels that the method learns from; none for a self-supervised method.
+        contrast: factor of a contrastive term, raised by the server against collapse; 1 is plain.
     """
 
-    shared: tuple[str, ...] = ("encoder.", "projector.", PROTOTYPES)
+    shared: tuple[str, ...] = ("encoder.",)
+    terms: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    contrast: float = 1.0
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
 
     @abstractmethod
-    def loss(self, views: Sequence[Float[Tensor, "batch channels _rows _columns"]]) -> Loss:
-        """Compute the loss of one batch from its views, global ones first."""
+    def loss(self, batch: ViewBatch) -> Loss:
+        """Compute the loss of one batch from its views; the first two are the pair that is compared."""
+
+    def begin_round(self) -> None:
+        """Forget what the last round left: it is stale beside the weights that have just arrived."""
+
+    def begin_step(self, progress: float) -> None:
+        """Get ready for a step; ``progress`` is the share of the federation's steps that is done, 0 to 1."""
 
     def after_step(self) -> None:
         """Restore what an optimiser step must not change, such as the length of prototypes."""
@@ -81,12 +97,29 @@ def encode(encoder: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
     return [features[number] for number in range(len(views))]
 
 
-def projector(widths: Sequence[int]) -> nn.Sequential:
-    """Make an MLP head with BatchNorm between its layers (SimCLR, section 4.2).
+def project(encoder: nn.Module, head: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
+    """Run encoder and head; returns float32 (or better) projections [batch, width] of each view in order.
+
+    BatchNorm in the head normalises by all views of the batch together.
+    """
+    projections = head(torch.cat(encode(encoder, views)))
+    return list((projections if projections.dtype == torch.float64 else projections.float()).chunk(len(views)))
+
+
+@contextmanager
+def full_precision(example: Tensor) -> Iterator[None]:
+    """Switch mixed precision off on a tensor's device: similarities need float32."""
+    with torch.autocast(example.device.type, enabled=False):
+        yield
+
+
+def projector(widths: Sequence[int], *, norm: bool = True) -> nn.Sequential:
+    """Make an MLP head with BatchNorm between its layers (SimCLR, section 4.2), or without (MoCo v2).
 
     BatchNorm always normalises by the batch and keeps no running statistics: there are none that could leave the site.
     """
     layers: list[nn.Module] = []
     for before, after in itertools.pairwise(widths[:-1]):
-        layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after, track_running_stats=False), nn.ReLU()]
+        between = [nn.BatchNorm1d(after, track_running_stats=False)] if norm else []
+        layers += [nn.Linear(before, after, bias=not norm), *between, nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))

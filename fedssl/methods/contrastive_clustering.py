@@ -12,10 +12,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedssl.clustering import POOLED, Equipartition
 from fedssl.contrastive import nt_xent
+from fedssl.data.batches import ViewBatch
+from fedssl.data.modality import MODALITIES
 from fedssl.encoders import feature_width
-from fedssl.methods.base import Loss, Method, encode, projector
-from fedssl.prototypes import assignment_mass, nearest_counts, renormalise, sinkhorn, swapped_prediction
+from fedssl.methods.base import Loss, Method, full_precision, project, projector
+from fedssl.prototypes import assignment_mass, nearest_counts, renormalise, swapped_prediction
 
 
 class ContrastiveClustering(Method):
@@ -32,8 +35,13 @@ class ContrastiveClustering(Method):
         iterations: of Sinkhorn.
         contrastive_weight: weight of NT-Xent in the sum.
         clustering_weight: weight of swapped prediction in the sum.
+        modalities: see ``fedssl.clustering.Equipartition``.
+        blocks: likewise.
         seed: of the initial head and prototypes.
     """
+
+    shared = ("encoder.", "projector.", "prototypes")
+    terms = ("contrastive", "clustering")
 
     def __init__(  # noqa: PLR0913 - the settings of the paper, plain and named
         self,
@@ -48,6 +56,8 @@ class ContrastiveClustering(Method):
         iterations: int,
         contrastive_weight: float = 1.0,
         clustering_weight: float = 1.0,
+        modalities: str = POOLED,
+        blocks: Sequence[str] = MODALITIES,
         seed: int = 0,
     ) -> None:
         super().__init__(encoder)
@@ -57,26 +67,25 @@ class ContrastiveClustering(Method):
             self.prototypes = nn.Parameter(renormalise(torch.randn(num_prototypes, width)))
         self.contrastive_temperature = contrastive_temperature
         self.clustering_temperature = clustering_temperature
-        self.epsilon = epsilon
-        self.iterations = iterations
+        self.equipartition = Equipartition(epsilon, iterations, modalities, tuple(blocks))
         self.contrastive_weight = contrastive_weight
         self.clustering_weight = clustering_weight
 
-    def loss(self, views: Sequence[Float[Tensor, "batch channels _rows _columns"]]) -> Loss:
+    def loss(self, batch: ViewBatch) -> Loss:
         """Contrast the first two views, swap the codes of these two among all."""
-        features = encode(self.encoder, views)
-        projections = self.projector(torch.cat(features)).float().chunk(len(views))
-        with torch.autocast(projections[0].device.type, enabled=False):  # similarities need float32
+        projections = project(self.encoder, self.projector, batch.views)
+        with full_precision(projections[0]):
             points = [F.normalize(projection, dim=1) for projection in projections]
             scores = [point @ self.prototypes.T for point in points]
-            codes = [sinkhorn(view, epsilon=self.epsilon, iterations=self.iterations) for view in scores[:2]]
             contrastive = nt_xent(points[0], points[1], temperature=self.contrastive_temperature)
-            clustering = swapped_prediction(scores, codes, temperature=self.clustering_temperature)
+            codes, allowed = self.equipartition(scores[:2], batch.modality)
+            tau = self.clustering_temperature
+            clustering = swapped_prediction(scores, codes, temperature=tau, allowed=allowed)
         return Loss(
-            total=self.contrastive_weight * contrastive + self.clustering_weight * clustering,
-            terms={"contrastive": contrastive.detach(), "clustering": clustering.detach()},
-            mass=assignment_mass(scores[:2], temperature=self.clustering_temperature),
-            usage=nearest_counts(scores[:2]),
+            self.contrast * self.contrastive_weight * contrastive + self.clustering_weight * clustering,
+            {"contrastive": contrastive.detach(), "clustering": clustering.detach()},
+            mass=assignment_mass(scores[:2], temperature=tau, allowed=allowed),
+            usage=nearest_counts(scores[:2], batch.modality, num_groups=len(MODALITIES), allowed=allowed),
         )
 
     def prototype_scores(self, features: Float[Tensor, "batch width"]) -> Float[Tensor, "batch prototypes"]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -18,7 +19,7 @@ from fedssl.data.batches import Batches
 from fedssl.data.cache import Subset
 from fedssl.errors import DataError
 from fedssl.methods.base import Method
-from fedssl.optim import load_optimizer_tensors, optimizer_tensors
+from fedssl.optim import Schedule, load_optimizer_tensors, optimizer_tensors
 from fedssl.training import Round, autocast_for, train_round
 from fedssl.update import Update, load_shared_state, shared_state
 
@@ -35,7 +36,8 @@ class LocalWork:
         batch_size: images in a batch.
         epochs: passes over the site's images in a round; may be a fraction.
         seed: of the run.
-        warmup: share of the federation's steps in which the learning rate rises.
+        schedule: of the learning rate over the federation.
+        pairing: where the two views of a row come from: ``image``, ``patient`` or ``series``.
         precision: ``auto``, ``bf16`` or ``float32``.
         threads: CPU threads; results on a CPU are equal bit for bit only at equal threads.
     """
@@ -43,7 +45,8 @@ class LocalWork:
     batch_size: int
     epochs: float
     seed: int
-    warmup: float
+    schedule: Schedule
+    pairing: str
     precision: str
     threads: int
 
@@ -59,6 +62,7 @@ class SiteAgent:
         make_optimizer: makes a fresh optimiser for the method.
         views: makes augmented views.
         work: how to train a round.
+        labels: [training images] their labels, empty where unknown; for methods that learn from labels.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class SiteAgent:
         make_optimizer: Callable[[Method], Optimizer],
         views: Views,
         work: LocalWork,
+        labels: np.ndarray,
     ) -> None:
         self.site = site
         self.images = images
@@ -78,6 +83,7 @@ class SiteAgent:
         self.make_optimizer = make_optimizer
         self.views = views
         self.work = work
+        self.labels = labels
 
     def check(self) -> None:
         """Refuse to take part without enough images.
@@ -90,14 +96,26 @@ class SiteAgent:
             raise DataError(
                 f"has {count} training images; contrastive learning needs at least two. Check data.root and the split"
             )
+        patients = len(np.unique(self.images.column("patient")))
+        if self.work.pairing == "patient" and patients < _SMALLEST_BATCH:
+            raise DataError("has images of one patient; pairing=patient needs at least two. Use pairing=image")
         if self.method.num_prototypes > count:
             raise DataError(
                 f"has {count} training images, fewer than the {self.method.num_prototypes} prototypes. "
-                f"Lower method.num_prototypes to {max(2, count // 4)} or less"
+                f"Lower heads.num_prototypes to {max(2, count // 4)} or less"
             )
 
-    def train(self, run: str, number: int, rounds: int, state: Mapping[str, Tensor]) -> Update:
+    def train(
+        self, run: str, number: int, rounds: int, state: Mapping[str, Tensor], *, contrast: float = 1.0
+    ) -> Update:
         """Train round ``number`` of ``rounds`` from the shared ``state`` and remember the optimiser on disk.
+
+        Args:
+            run: random name of the run.
+            number: of the round, from 1.
+            rounds: of the federation.
+            state: the shared state.
+            contrast: factor of the method's contrastive term, 1 unless the server acts against collapse.
 
         Raises:
             DataError: too few images, or the site's own state of the last round is damaged.
@@ -106,10 +124,14 @@ class SiteAgent:
         self.check()
         torch.set_num_threads(self.work.threads)
         load_shared_state(self.method, state)
+        self.method.contrast = contrast
         optimizer = self.make_optimizer(self.method)
         restarted = not self._recall(run, number - 1, optimizer)
-        place = Round(self.site, number, rounds, self.work.seed, self.work.warmup)
-        batches = Batches(self.images, self.work.batch_size, self.work.epochs, place.derived_seed("order"))
+        place = Round(self.site, number, rounds, self.work.seed, self.work.schedule)
+        batches = Batches(
+            self.images, self.work.batch_size, self.work.epochs, place.derived_seed("order"), self.work.pairing,
+            self.labels, self.method.classes,
+        )  # fmt: skip
         device = next(self.method.parameters()).device
         autocast = autocast_for(device, self.work.precision)
         trained = train_round(self.method, optimizer, batches, self.views, place, autocast=autocast)

@@ -25,6 +25,14 @@ def _same(first, second):
     )
 
 
+def _interrupt_in_round(number):
+    def interrupt(event):
+        if isinstance(event, progress.Step) and event.round == number and event.site == "SOUTH":
+            raise KeyboardInterrupt
+
+    return interrupt
+
+
 @pytest.fixture
 def notes():
     """What was said during the test."""
@@ -58,12 +66,7 @@ def test_two_equal_runs_end_with_equal_bits(tiny, tmp_path):
 def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tiny, tmp_path):
     settings = [*tiny, "federation.rounds=3"]
     simulate([*settings, f"run_dir={tmp_path / 'whole'}"])
-
-    def interrupt(event):
-        if isinstance(event, progress.Step) and event.round == 3 and event.site == "SOUTH":
-            raise KeyboardInterrupt
-
-    stop = progress.listen(interrupt)
+    stop = progress.listen(_interrupt_in_round(3))
     with pytest.raises(KeyboardInterrupt):
         simulate([*settings, f"run_dir={tmp_path / 'cut'}"])
     stop()
@@ -104,8 +107,8 @@ def test_a_resume_with_another_configuration_is_refused(tiny, tmp_path):
 
 
 def test_more_prototypes_than_images_excludes_the_site_by_name_and_says_what_to_do(tiny, tmp_path):
-    with pytest.raises(FederationError, match=r"EAST.*Lower method\.num_prototypes to"):
-        simulate([*tiny, f"run_dir={tmp_path / 'run'}", "method.num_prototypes=500"])
+    with pytest.raises(FederationError, match=r"EAST.*Lower heads\.num_prototypes to"):
+        simulate([*tiny, f"run_dir={tmp_path / 'run'}", "heads.num_prototypes=500"])
 
 
 def test_an_unknown_site_is_refused(tiny, tmp_path):
@@ -141,3 +144,19 @@ def test_a_collapsed_run_says_so_loudly(tiny, tmp_path, notes):
     alarms = [event.text for event in notes if isinstance(event, progress.Note) and event.alarm]
     assert any("COLLAPSE at site EAST, round 4" in text and "ln K" in text for text in alarms)
     assert read_jsonl(tmp_path / "run" / "round_metrics.jsonl")[-1]["ssl/collapse"]["EAST"]
+
+
+def test_a_federation_with_remedies_logs_them_and_resumes_to_the_same_bits(tiny, tmp_path, notes):
+    settings = [*tiny, "federation.rounds=6", "heads.num_prototypes=24", "collapse.reseed=true", "collapse.contrast=2"]
+    simulate([*settings, f"run_dir={tmp_path / 'whole'}"])
+    rows = read_jsonl(RunFolder(tmp_path / "whole").round_metrics)
+    assert [row["ssl/reseeded"] for row in rows][:3] == [0, 0, 0]
+    assert sum(row["ssl/reseeded"] for row in rows) > 0
+    assert any("start again beside busy ones" in str(note) for note in notes)
+    assert _final(tmp_path / "whole").contrast == rows[-1]["ssl/contrast"]
+    stop = progress.listen(_interrupt_in_round(5))
+    with pytest.raises(KeyboardInterrupt):
+        simulate([*settings, f"run_dir={tmp_path / 'broken'}"])
+    stop()
+    simulate([*settings, f"run_dir={tmp_path / 'broken'}", "resume=true"])
+    assert _same(_final(tmp_path / "whole"), _final(tmp_path / "broken"))

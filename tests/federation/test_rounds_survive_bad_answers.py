@@ -10,7 +10,7 @@ from fedssl import progress, wire
 from fedssl.aggregation.mean import WeightedMean
 from fedssl.errors import ConfigError, FederationError
 from fedssl.update import Update
-from server.rounds import Plan, run_rounds
+from server.rounds import Plan, RoundResult, run_rounds
 from simulations.grid import InProcessGrid
 
 
@@ -53,7 +53,7 @@ def _run(answers, **changed):
         )
     )
     grid = InProcessGrid(client_app, nodes, {})
-    return list(run_rounds(grid, dict(_START), 0, plan, WeightedMean()))[-1]
+    return list(run_rounds(grid, RoundResult(0, dict(_START)), plan, WeightedMean()))[-1]
 
 
 _BROKEN = {
@@ -116,7 +116,7 @@ def test_a_broken_answer_to_the_roll_call_leaves_that_node_out_and_the_rest_goes
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     nodes = {number: {"site": site} for number, site in enumerate(("evil", "a", "b"), 2)}
     plan = Plan("ab" * 8, 1, "f", 2, 1.0, 0.1)
-    result = next(run_rounds(InProcessGrid(client_app, nodes, {}), dict(_START), 0, plan, WeightedMean()))
+    result = next(run_rounds(InProcessGrid(client_app, nodes, {}), RoundResult(0, dict(_START)), plan, WeightedMean()))
     assert set(result.metrics) == {"a", "b"}
 
 
@@ -159,7 +159,7 @@ def test_an_answer_that_never_comes_is_named_after_the_deadline():
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     nodes = {2: {"site": "late"}, 3: {"site": "x"}, 4: {"site": "y"}}
     plan = Plan("ab" * 8, 1, "f", 2, deadline_s=0.2, wait_s=0.1)
-    result = next(run_rounds(Silent(client_app, nodes, {}), dict(_START), 0, plan, WeightedMean()))
+    result = next(run_rounds(Silent(client_app, nodes, {}), RoundResult(0, dict(_START)), plan, WeightedMean()))
     assert "deadline" in result.failed["late"]
     assert set(result.metrics) == {"x", "y"}
 
@@ -186,6 +186,6 @@ def test_eight_sites_that_change_nothing_leave_the_state_as_it_was():
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     nodes = {number + 2: {"site": f"site-{number}"} for number in range(8)}
     plan = Plan("ab" * 8, 2, "f", 8, 60.0, 1.0)
-    results = list(run_rounds(InProcessGrid(client_app, nodes, {}), state, 0, plan, WeightedMean()))
+    results = list(run_rounds(InProcessGrid(client_app, nodes, {}), RoundResult(0, state), plan, WeightedMean()))
     assert [len(result.metrics) for result in results] == [8, 8]
     assert torch.equal(results[-1].state["w"], state["w"])

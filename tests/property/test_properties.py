@@ -13,9 +13,9 @@ from fedssl import wire
 from fedssl.aggregation import prototypes as prototype_rules
 from fedssl.aggregation.mean import RunningSum, WeightedMean
 from fedssl.aggregation.prototypes import PrototypeSum
-from fedssl.data.batches import epoch_order
+from fedssl.data.pairing import epoch_order
 from fedssl.evaluation.statistics import weighted_auroc
-from fedssl.optim import warmup_cosine
+from fedssl.optim import Schedule
 from fedssl.prototypes import perplexity, sinkhorn
 
 settings.register_profile("torch", deadline=None, max_examples=50, derandomize=True)
@@ -146,7 +146,7 @@ def test_a_site_without_images_of_a_cluster_does_not_move_its_prototype():
 
 @given(st.floats(0, 1), st.floats(0.01, 0.5))
 def test_the_learning_rate_rises_then_falls_and_never_leaves_zero_to_one(progress, warmup):
-    value = warmup_cosine(progress, warmup=warmup)
+    value = Schedule("cosine", warmup)(progress)
     assert 0 <= value <= 1
-    later = warmup_cosine(min(1.0, progress + 1e-3), warmup=warmup)
+    later = Schedule("cosine", warmup)(min(1.0, progress + 1e-3))
     assert later >= value - 1e-12 if progress + 1e-3 <= warmup else later <= value + 1e-12 or progress < warmup

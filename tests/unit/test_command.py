@@ -71,12 +71,12 @@ _BAD = {
         ["data.root={root}", "encoder.name=resnet_18", "federation.min_sites=1"], 2, "Did you mean resnet18",
     ),
     "more prototypes than images": (
-        ["data.root={root}", "encoder=tiny", "method.num_prototypes=99", "federation.min_sites=1"], 4,
-        "Lower method.num_prototypes",
+        ["data.root={root}", "encoder=tiny", "heads.num_prototypes=99", "federation.min_sites=1"], 4,
+        "Lower heads.num_prototypes",
     ),
     "one site without images": (["data.root={root}", "data.sites=[A,B]"], 3, "No image belongs to site B"),
     "too few sites": (
-        ["data.root={root}", "encoder=tiny", "federation.wait_s=0.1", "method.num_prototypes=4"], 4,
+        ["data.root={root}", "encoder=tiny", "federation.wait_s=0.1", "heads.num_prototypes=4"], 4,
         "1 of at least 2 sites have images",
     ),
 }  # fmt: skip

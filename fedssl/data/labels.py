@@ -1,0 +1,75 @@
+"""Labels of images: a table that names files, or the label that the index took from a manifest."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from fedssl import progress
+from fedssl.data.cache import ImageStore
+from fedssl.data.indexing.scan import known_columns, read_table, tidy
+from fedssl.errors import DataError
+
+_OWN_NAMES = "(image)"  # of a table made from the index: its files have no other name there
+
+
+def join_labels(store: ImageStore, table: pa.Table, columns: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Find the images of a label table; rows without a value in the first column are left out.
+
+    Returns:
+        [labelled] rows of the store, and [labelled] values by column.
+
+    Raises:
+        DataError: a column is missing, a file is listed twice, or none is known.
+    """
+    own = _OWN_NAMES in table.column_names
+    missing = [name for name in [_OWN_NAMES if own else "file", *columns] if name not in table.column_names]
+    if missing:
+        raise DataError(
+            f"The label table lacks the column {', '.join(missing)}; {known_columns(table, ['file', *columns])}. It "
+            "needs `file` (path below data.root) and the columns named in evaluation.label, .where and .covariates."
+        )
+    files = table[_OWN_NAMES if own else "file"].to_pylist()
+    names = files if own else store.names_of([tidy(str(file)) for file in files])
+    place = {name: number for number, name in enumerate(names)}
+    found = [(row, place[name]) for row, name in enumerate(store.column("image").tolist()) if name in place]
+    if not found:
+        raise DataError(
+            f"None of the {table.num_rows} labels belongs to an image. The column `file` must hold the path below "
+            "data.root, such as SITE/PATIENT/IMAGE.dcm."
+        )
+    if not own and len(place) < len(names):
+        raise DataError(
+            f"The label table lists {len(names) - len(place)} files more than once. Keep one row for each; its label "
+            "stands for all frames of the file."
+        )
+    used = {number for _, number in found}
+    if len(used) < len(place):
+        text = f"{len(place) - len(used)} of {len(place)} labels belong to no readable image."
+        progress.publish(progress.Note(text, alarm=len(used) < len(place) / 2))
+    picked = table.take([number for _, number in found])
+    valid = np.array([value is not None and value != "" for value in picked[columns[0]].to_pylist()])
+    entries = {name: np.asarray(picked[name].to_pylist(), dtype=object)[valid] for name in columns}
+    return np.array([row for row, _ in found])[valid], entries
+
+
+def label_table(store: ImageStore, path: Path | None, label: str) -> pa.Table:
+    """Read the label file, or take the labels that the index holds (column ``label``)."""
+    if path is not None:
+        return read_table(path, [label])
+    return pa.table({_OWN_NAMES: store.column("image"), "label": store.column("label")})
+
+
+def labels_of_images(store: ImageStore, path: Path | None, label: str) -> np.ndarray:
+    """Return the label of every image of the store as text, empty where unknown: for methods that learn from labels.
+
+    Raises:
+        DataError: the table does not fit the images.
+    """
+    if path is None:
+        return store.column("label")
+    rows, entries = join_labels(store, label_table(store, path, label), [label])
+    labels = np.full(len(store), "", object)
+    labels[rows] = entries[label].astype(str)
+    return labels.astype(np.str_)
