@@ -60,6 +60,11 @@ def _agent(overrides: str, node_config: tuple[tuple[str, Any], ...]) -> tuple[Si
     return build_agent(config, dict(node_config)), fingerprint(config)
 
 
+def forget_sites() -> None:
+    """Drop the agents that this process keeps, with their models."""
+    _agent.cache_clear()
+
+
 def _frozen(node_config: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted(node_config.items()))
 

@@ -10,9 +10,10 @@ from fedssl import config as settings
 from fedssl.build import build_aggregator, build_method, first_state
 from fedssl.checkpoint import Checkpoint
 from fedssl.run_folder import RunFolder
+from server.exchange import Plan
 from server.record import Recorder
 from server.remedy import Remedy
-from server.rounds import Plan, RoundResult, run_rounds
+from server.rounds import RoundResult, run_rounds
 
 app = ServerApp()
 

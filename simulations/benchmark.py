@@ -27,7 +27,8 @@ from fedssl.data.store import Source, Store
 from fedssl.optim import Schedule
 from fedssl.training import Round, autocast_for, train_round
 from fedssl.update import Update, shared_state
-from server.rounds import Plan, RoundResult, run_rounds
+from server.exchange import Plan
+from server.rounds import RoundResult, run_rounds
 from simulations.grid import InProcessGrid
 
 _IMAGES, _REPEATS = 512, 5

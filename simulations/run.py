@@ -27,6 +27,7 @@ def simulate(overrides: Sequence[str]) -> tuple[Config, list[Arm]]:
         FedsslError: with a sentence that says what to do.
     """
     from client.app import app as client_app
+    from client.app import forget_sites
     from server.app import app as server_app
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -48,6 +49,7 @@ def simulate(overrides: Sequence[str]) -> tuple[Config, list[Arm]]:
         try:
             run_in_process(server_app, client_app, sites=ready.sites, overrides=settings.as_text(ready.overrides))
         finally:
+            forget_sites()
             if RunFolder(arm.folder).last.exists():
                 RunFolder(arm.folder).bind_images(digest)
     return config, arms

@@ -10,7 +10,8 @@ from fedssl import progress, wire
 from fedssl.aggregation.mean import WeightedMean
 from fedssl.errors import ConfigError, FederationError
 from fedssl.update import Update
-from server.rounds import Plan, RoundResult, run_rounds
+from server.exchange import Plan
+from server.rounds import RoundResult, run_rounds
 from simulations.grid import InProcessGrid
 
 
