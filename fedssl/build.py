@@ -31,6 +31,7 @@ from fedssl.training import pick_device
 from fedssl.update import shared_state
 
 POOLED_SITE = "pooled"
+_FEWEST_PATIENTS = 3
 _TINY = 16  # pixels on a side: 1 x 1 before the last stage of a residual network
 
 
@@ -39,6 +40,26 @@ def build_method(config: Config) -> Method:
     node = {key: value for key, value in config["encoder"].items() if key != "weights"}
     method = _build_method(config["method"], instantiate_node(node))
     return method.to(pick_device(config["training"]["device"]))
+
+
+def check_settings(config: Config) -> Method:
+    """Build all that a round needs and throw it away, so that a setting that fits nothing is said before work begins.
+
+    Returns:
+        The method, untrained.
+
+    Raises:
+        ConfigError: says which setting.
+    """
+    build_views(config)
+    Schedule(config["optim"]["schedule"], config["optim"]["warmup"])
+    method = build_method(config)
+    optimizer_maker(config)(method)
+    if config["collapse"]["contrast"] > 1 and not method.weighs_contrast:
+        raise ConfigError("collapse.contrast needs method=contrastive_clustering: other losses have no such term.")
+    if config["collapse"]["reseed"] and not method.num_prototypes:
+        raise ConfigError("collapse.reseed needs a method with prototypes: contrastive_clustering or swav.")
+    return method
 
 
 def _build_method(node: Mapping[str, Any], encoder: nn.Module) -> Method:
@@ -192,7 +213,8 @@ def build_agent(config: Config, node_config: Mapping[str, Any]) -> SiteAgent:
 
     Args:
         config: the configuration.
-        node_config: ``site``, ``data-dir``, ``labels``, ``burned-in`` and ``patient-from`` where a hospital runs it;
+        node_config: ``site``, ``data-dir``, ``labels``, ``label``, ``burned-in`` and ``patient-from`` where a hospital
+            runs it;
             ``partition-id`` in a simulation.
 
     Raises:
@@ -220,19 +242,31 @@ def build_agent(config: Config, node_config: Mapping[str, Any]) -> SiteAgent:
         Schedule(config["optim"]["schedule"], config["optim"]["warmup"]), config["pairing"], training["precision"],
         training["threads"],
     )  # fmt: skip
-    images = training_images(config, store, members)
+    images, method = training_images(config, store, members), build_method(config)
     return SiteAgent(
-        site, images, store_folder(config, root) / "state", build_method(config), optimizer_maker(config),
-        build_views(config), work, _training_labels(config, store)[images.rows],
+        site, images, store_folder(config, root) / "state", method, optimizer_maker(config), build_views(config), work,
+        _training_labels(config, store, images, method.classes),
     )  # fmt: skip
 
 
-def _training_labels(config: Config, store: ImageStore) -> np.ndarray:
-    """Labels of all images of a store, read only where the method learns from them."""
-    if not config["method"].get("classes"):
-        return np.full(len(store), "")
+def _training_labels(config: Config, store: ImageStore, images: Subset, classes: Sequence[str]) -> np.ndarray:
+    """Labels of the training images, read only where the method learns from them; empty where unknown.
+
+    A class that fewer than three training patients of the site share is left out: the run chooses the classes, and
+    must not learn from them whether one patient is here.
+    """
+    if not classes:
+        return np.full(len(images), "")
     data = config["data"]
-    return labels_of_images(store, Path(data["labels"]) if data["labels"] else None, data["label"])
+    every = labels_of_images(store, Path(data["labels"]) if data["labels"] else None, data["label"])
+    labels, patients = every[images.rows], images.column("patient")
+    for name in classes:
+        if len(np.unique(patients[labels == name])) < _FEWEST_PATIENTS:
+            labels = np.where(labels == name, "", labels)
+    used = np.isin(labels, list(classes))
+    text = f"{used.sum()} of {len(labels)} training images have a label that three patients or more share."
+    progress.publish(progress.Note(text, alarm=not used.any() and bool((every != "").any())))
+    return labels
 
 
 def _with_own_settings(config: Config, node_config: Mapping[str, Any]) -> Config:
@@ -243,5 +277,6 @@ def _with_own_settings(config: Config, node_config: Mapping[str, Any]) -> Config
         "store": None,
         "filters": None,
         "labels": node_config.get("labels"),
+        "label": str(node_config.get("label", "label")),
     }
     return {**config, "data": {**config["data"], **own}}

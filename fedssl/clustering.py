@@ -51,6 +51,19 @@ class Equipartition:
             raise ConfigError(f"method.modalities={self.modalities} does not exist; there are {', '.join(_MODES)}.")
         if not self.blocks or len(set(self.blocks)) != len(self.blocks) or not set(self.blocks) <= set(MODALITIES):
             raise ConfigError(f"method.blocks must name some of {', '.join(MODALITIES)}, each once.")
+        if self.epsilon <= 0 or self.iterations < 1:
+            raise ConfigError("method.epsilon must be above 0 and method.iterations at least 1.")
+
+    def num_blocks(self, prototypes: int) -> int:
+        """Count the groups of prototypes that do not compete.
+
+        Raises:
+            ConfigError: there are fewer than two prototypes for each.
+        """
+        count = len(self.blocks) if self.modalities == PARTITIONED else 1
+        if prototypes < 2 * count:
+            raise ConfigError(f"{prototypes} prototypes are too few for {count} blocks. Raise heads.num_prototypes.")
+        return count
 
     def __call__(
         self, scores: Sequence[Scores], modality: Int[Tensor, "2 batch"], memory: Sequence[Memory] = ()
@@ -85,7 +98,10 @@ class Equipartition:
 
     @torch.no_grad()
     def codes(self, scores: Scores, modality: Int[Tensor, " batch"], memory: Memory | None = None) -> Scores:
-        """Assign one view: rows sum to one (to zero where the image may belong to no prototype)."""
+        """Assign one view: rows sum to one, or to zero where an image may belong to no prototype or is alone.
+
+        The only image of its modality in the batch would get a uniform code, which teaches that it is like nothing.
+        """
         every, groups = scores, modality
         if memory is not None:
             every, groups = torch.cat([scores, memory.scores]), torch.cat([modality, memory.modality])
@@ -96,7 +112,7 @@ class Equipartition:
         for group in groups.unique():
             rows = (groups == group).nonzero()[:, 0]
             columns = allowed[rows[0]].nonzero()[:, 0]
-            if len(columns):
+            if len(columns) and len(rows) > 1:
                 part = every[rows[:, None], columns[None]]
                 own = sinkhorn(part, epsilon=self.epsilon, iterations=self.iterations)
                 codes[rows[:, None], columns[None]] = own.to(codes.dtype)

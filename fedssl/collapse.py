@@ -24,7 +24,7 @@ def diagnose(metrics: Mapping[str, float], *, num_prototypes: int, width: int, s
 
     Args:
         metrics: ``clustering`` (swapped-prediction loss), ``effective_prototypes`` and ``rankme``, those that exist.
-        num_prototypes: K.
+        num_prototypes: K, or those of a block where blocks do not compete.
         width: of the features.
         samples: images behind ``rankme``.
     """

@@ -3,30 +3,32 @@
 A configuration is a plain nested dictionary. No class of the library sees one: ``fedssl.build`` takes it apart.
 """
 
-import difflib
 import hashlib
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedssl import __version__
 from fedssl.errors import ConfigError
+from fedssl.overrides import CONFIG_FOLDER as CONFIG_FOLDER
+from fedssl.overrides import is_choice, keys_of, ready, refuse_missing, refuse_unknown
 
 Config = dict[str, Any]
 REMOTE = "dicomweb+"  # the start of a root that is a PACS and no folder
-CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "configs"
 ALLOWED_TARGETS = ("fedssl.", "torch.optim.")
 _PATHS = (  # made absolute: runs are read from anywhere
     ("data", "root"), ("data", "store"), ("data", "labels"), ("evaluation", "labels"), ("encoder", "weights"),
 )  # fmt: skip
-_QUOTED = {f"{section}.{key}" for section, key in _PATHS} | {"run_dir"}
-_BASE = "method@method.base"
 _SHARED_SECTIONS = ("seed", "encoder", "method", "augment", "optim", "aggregation", "pairing", "collapse")
+_SECTIONS = (
+    "data", "encoder", "method", "augment", "optim", "aggregation", "heads", "training", "federation", "collapse",
+    "simulation", "evaluation",
+)  # fmt: skip
 _SHARED_KEYS = (
     "training.batch_size", "training.local_epochs", "training.precision", "federation.rounds", "simulation.pool",
-    "data.edge", "data.sites", "data.unseen_sites", "data.test_fraction",
+    "data.edge", "data.sites", "data.unseen_sites", "data.test_fraction", "data.label",
 )  # fmt: skip
 
 
@@ -49,13 +51,13 @@ def load(overrides: Sequence[str]) -> Config:
             "The folder configs/ is not beside the package: fedssl was installed without its checkout. Simulations and "
             "federations run from a checkout (pip install -e .)."
         )
-    overrides = [_quoted(override) for override in overrides]
+    overrides = [ready(override) for override in overrides]
     try:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-            chosen = compose("config", overrides=[text for text in overrides if _is_choice(text)])
-            _refuse_unknown(overrides, list(_keys(OmegaConf.to_container(chosen, resolve=False))))
+            chosen = compose("config", overrides=[text for text in overrides if is_choice(text)])
+            refuse_unknown(overrides, list(keys_of(OmegaConf.to_container(chosen, resolve=False))))
             composed = compose("config", overrides=list(overrides))
-        _refuse_missing(OmegaConf.missing_keys(composed))
+        refuse_missing(OmegaConf.missing_keys(composed))
         config = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"The configuration cannot be composed: {str(error).strip().splitlines()[0]}") from error
@@ -70,20 +72,6 @@ def load(overrides: Sequence[str]) -> Config:
     return plain
 
 
-def _quoted(override: str) -> str:
-    """Quote the value of a path, which may hold blanks, commas and brackets; users should not have to.
-
-    ``method.base=NAME`` becomes what Hydra calls the choice of a file for a part of another file.
-    """
-    key, _, value = override.partition("=")
-    if key == "method.base":
-        return f"{_BASE}={value}"
-    if key not in _QUOTED or value in {"", "null", "???"} or value[0] in "'\"$":
-        return override
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"{key}='{escaped}'"
-
-
 def overrides_of(text: str) -> list[str]:
     """Split one string of overrides as a shell would: Flower's run configuration holds only scalars."""
     return shlex.split(text)
@@ -94,63 +82,11 @@ def as_text(overrides: Sequence[str]) -> str:
     return shlex.join(overrides)
 
 
-def _keys(node: Any, prefix: str = "") -> Iterator[str]:  # noqa: ANN401 - nested dictionaries
-    for name, value in node.items():
-        yield prefix + name
-        if isinstance(value, dict):
-            yield from _keys(value, f"{prefix}{name}.")
-
-
-def _group_of(key: str) -> str:
-    """Return the folder of configs/ that a key chooses from, or an empty string."""
-    bare = key.lstrip("+~").removesuffix(_BASE.removeprefix("method"))
-    return bare if bare and (CONFIG_FOLDER / bare).is_dir() else ""
-
-
-def _is_choice(override: str) -> bool:
-    """Tell whether an override chooses a file of configs/ that exists."""
-    key, _, choice = override.partition("=")
-    group = _group_of(key)
-    fits = (group == "experiment") == key.startswith("+")
-    return bool(group) and fits and (CONFIG_FOLDER / group / f"{choice}.yaml").is_file()
-
-
-def _refuse_unknown(overrides: Sequence[str], known: list[str]) -> None:
-    problems = []
-    for override in overrides:
-        key = override.split("=", 1)[0]
-        bare = key.lstrip("+~")
-        if "=" not in override:
-            problems.append(f"'{override}' is not key=value")
-        elif _group_of(key) and (bare != "experiment" or key == "+experiment"):
-            problems.extend(_unknown_choice(_group_of(key), override.split("=", 1)[1]))
-        elif bare == "experiment":
-            problems.append("write +experiment=NAME with a plus: an experiment is added to the defaults")
-        elif bare.startswith(("evaluation.where.", "augment.crops.", "augment.modalities.")):
-            continue
-        elif key not in known:
-            near = difflib.get_close_matches(bare, known, n=2, cutoff=0.5)
-            problems.append(f"'{key}' is unknown" + (f"; did you mean {' or '.join(near)}?" if near else ""))
-    if problems:
-        raise ConfigError(f"{'. '.join(problems)}. The keys and what they mean stand in configs/config.yaml.")
-
-
-def _unknown_choice(group: str, choice: str) -> list[str]:
-    choices = sorted(path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml"))
-    return [] if choice in choices else [f"{group}={choice} does not exist; there are {', '.join(choices)}"]
-
-
-def _refuse_missing(keys: set[str]) -> None:
-    if "data.root" in keys:
-        raise ConfigError(
-            "data.root is missing. Say where the images are: fedssl simulate data.root=FOLDER (or run fedssl demo)."
-        )
-    if keys:
-        raise ConfigError(f"{', '.join(sorted(keys))} has no default. Give it on the command line, as key=value.")
-
-
 def _check(config: Config) -> None:
     """Report every impossible value at once."""
+    empty = [name for name in _SECTIONS if not isinstance(config[name], dict)]
+    if empty:
+        raise ConfigError(f"{', '.join(empty)} must be a group of settings, not a value. See configs/config.yaml.")
     training, federation, evaluation = config["training"], config["federation"], config["evaluation"]
     data = config["data"]
     rules = [
@@ -172,7 +108,8 @@ def _check(config: Config) -> None:
         (data["filters"] is None or isinstance(data["filters"], dict), "data.filters must be {KEYWORD: value, ...}"),
         (_whole(evaluation["seeds"], 1), "evaluation.seeds must be a whole number of at least 1"),
         (_whole(evaluation["bootstrap"], 10), "evaluation.bootstrap must be a whole number of at least 10"),
-        (config["pairing"] in {"image", "patient", "series"}, "pairing must be image, patient or series"),
+        (_share(config["optim"]["warmup"], top=True), "optim.warmup must lie between 0 and 1"),
+        (str(config["pairing"]) in {"image", "patient", "series"}, "pairing must be image, patient or series"),
         (isinstance(config["collapse"]["contrast"], int | float) and config["collapse"]["contrast"] >= 1,
          "collapse.contrast must be at least 1"),
         (set(config["simulation"]["arms"]) <= {"federated", "single_site", "pooled"},

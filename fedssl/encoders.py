@@ -13,6 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedssl.errors import ConfigError
 
+_OPTIONS = {  # of timm's models; others could open files or download
+    "drop_path_rate", "drop_rate", "dynamic_img_pad", "dynamic_img_size", "global_pool", "img_size", "patch_size",
+    "proj_drop_rate",
+}  # fmt: skip
+
 
 def build_encoder(
     name: str,
@@ -40,6 +45,9 @@ def build_encoder(
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f" Did you mean {' or '.join(near)}?" if near else " List the names with timm.list_models()."
         raise ConfigError(f"encoder.name={name} is not a timm model.{hint}")
+    unknown = sorted(set(options or {}) - _OPTIONS)
+    if unknown:
+        raise ConfigError(f"encoder.options.{unknown[0]} is not allowed; there are {', '.join(sorted(_OPTIONS))}.")
     given = {**(options or {})} | (
         {"norm_layer": partial(GroupNorm, num_groups=norm_groups)} if norm == "group" else {}
     )

@@ -113,30 +113,39 @@ def perplexity(mass: Float[Tensor, " prototypes"]) -> float:
 
 @torch.no_grad()
 def reseed(
-    prototypes: Float[Tensor, "prototypes width"], share: Float[Tensor, " prototypes"], generator: Generator
+    prototypes: Float[Tensor, "prototypes width"],
+    shares: Float[Tensor, "sites prototypes"],
+    generator: Generator,
+    *,
+    blocks: int = 1,
 ) -> tuple[Float[Tensor, "prototypes width"], int]:
     """Start dead prototypes again beside busy ones, as Lloyd's algorithm splits clusters.
 
-    Dead is who has less than a tenth of an equal share of the samples. Each takes the place of the busiest one, moved
-    by a random step of 0.3 (an angle of about 17 degrees) and put back on the sphere; that one then counts as half as
-    busy.
+    Dead is who has, at every site, less than a tenth of an equal share of the samples: what a small hospital alone uses
+    is alive. Each takes the place of the busiest one (of its block), moved by a random step of 0.3 (an angle of about
+    17 degrees) and put back on the sphere; that one then counts as half as busy.
 
     Args:
         prototypes: of unit length.
-        share: of the samples that are nearest to each prototype, over all sites.
+        shares: of each site's samples that are nearest to each prototype.
         generator: decides the steps.
+        blocks: groups of prototypes, in order, that do not compete.
 
     Returns:
-        The prototypes, and how many were dead.
+        The prototypes, and how many start again.
     """
-    changed, busy = prototypes.clone(), share.clone()
-    dead = torch.nonzero(share < _DEAD_SHARE / len(share))[:, 0].tolist()
+    count = len(prototypes)
+    changed, busy = prototypes.clone(), shares.mean(0)
+    block = torch.arange(count) * blocks // count
+    dead = torch.nonzero(shares.amax(0) < _DEAD_SHARE / count)[:, 0].tolist()
     for number in dead:
-        place = int(busy.argmax())
+        place = int(busy.masked_fill(block != block[number], -1.0).argmax())
+        if busy[place] <= 0.0:
+            continue  # nobody has images for this block
         step = F.normalize(torch.randn(prototypes.shape[1], generator=generator), dim=0)
         changed[number] = F.normalize(prototypes[place] + _RESEED_STEP * step.to(prototypes.dtype), dim=0)
         busy[place] /= 2.0
-    return changed, len(dead)
+    return changed, int((changed != prototypes).any(1).sum())
 
 
 @torch.no_grad()

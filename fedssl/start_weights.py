@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -55,7 +56,7 @@ def _load_npz(encoder: nn.Module, path: Path) -> None:
         )
     try:
         loader(str(path))
-    except (KeyError, RuntimeError, ValueError, AttributeError) as error:
+    except (KeyError, RuntimeError, ValueError, AttributeError, OSError, EOFError, BadZipFile) as error:
         raise ConfigError(
             f"encoder.weights does not hold this encoder: {type(error).__name__} while reading it. Choose the encoder "
             "whose name the file has, such as resnetv2_50x1_bit for BiT-M-R50x1.npz."

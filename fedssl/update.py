@@ -94,9 +94,15 @@ def _misfits(update: Update, reference: Mapping[str, Tensor], names: Collection[
         yield f"tensor {name} is not part of the shared state"
     for name, expected in reference.items():
         yield from _misfit_tensor(f"tensor {name}", update.state.get(name), expected)
+    yield from _misfit_prototypes(update, reference)
+
+
+def _misfit_prototypes(update: Update, reference: Mapping[str, Tensor]) -> Iterator[str]:
     if PROTOTYPES in reference:
         yield from _misfit_counts("prototype mass", update.mass, len(reference[PROTOTYPES]))
         yield from _misfit_counts("prototype usage", update.usage, len(reference[PROTOTYPES]))
+    elif update.mass is not None or update.usage is not None:
+        yield "it counts prototypes where the method has none"
 
 
 def _misfit_counts(name: str, counts: Tensor | None, prototypes: int) -> Iterator[str]:

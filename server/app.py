@@ -7,7 +7,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedssl import config as settings
-from fedssl.build import build_aggregator, build_method, first_state
+from fedssl.build import build_aggregator, check_settings, first_state
 from fedssl.checkpoint import Checkpoint
 from fedssl.run_folder import RunFolder
 from server.exchange import Plan
@@ -24,7 +24,7 @@ def main(grid: Grid, context: Context) -> None:
     config = settings.load(settings.overrides_of(str(context.run_config.get("overrides", ""))))
     fingerprint = settings.fingerprint(config)
     folder = RunFolder(Path(config["run_dir"]))
-    method = build_method(config)
+    method = check_settings(config)
     checkpoint = folder.resume(fingerprint) if config["resume"] else None
     if not config["resume"]:
         folder.start(overwrite=config["overwrite"])
@@ -38,8 +38,9 @@ def main(grid: Grid, context: Context) -> None:
     )  # fmt: skip
     collapse = config["collapse"]
     remedy = Remedy(
-        plan.rounds, method.num_prototypes, method.width, config["seed"], collapse["reseed"], collapse["contrast"]
-    )
+        plan.rounds, method.num_prototypes, method.num_blocks, method.width, config["seed"], collapse["reseed"],
+        collapse["contrast"],
+    )  # fmt: skip
     start = RoundResult(checkpoint.round, dict(checkpoint.state), contrast=checkpoint.contrast)
     with Recorder(folder, checkpoint, rounds=plan.rounds) as recorder:
         for result in run_rounds(grid, start, plan, build_aggregator(config), remedy.treat):

@@ -63,13 +63,20 @@ class Recorder:
             self.checkpoint,
             state=result.state,
             round=result.number,
-            best_loss=loss if best else self.checkpoint.best_loss,
+            best_loss=self._best_loss(result, loss),
             images_seen=self.checkpoint.images_seen + int(sum(weights.values())),
             sites=sorted(result.metrics),
             contrast=result.contrast,
         )
         self.folder.save(self.checkpoint, best=best)
         self._alarm(result.number, result.signs)
+
+    def _best_loss(self, result: RoundResult, loss: float) -> float | None:
+        """Lowest loss so far; None when the next round weighs its terms anew, since losses then do not compare."""
+        if result.contrast != self.checkpoint.contrast:
+            return None
+        known = self.checkpoint.best_loss
+        return loss if known is None else min(known, loss)
 
     def _alarm(self, number: int, signs: dict[str, list[str]]) -> None:
         """Say it loudly when a site collapses, and again in the last round; the metrics keep every round."""

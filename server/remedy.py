@@ -22,6 +22,7 @@ class Remedy:
     Attributes:
         rounds: of the whole federation.
         num_prototypes: K, or 0.
+        num_blocks: groups of prototypes that do not compete.
         width: of the encoder's features.
         seed: of the run.
         reseed: start prototypes that no site uses again beside busy ones.
@@ -30,6 +31,7 @@ class Remedy:
 
     rounds: int
     num_prototypes: int
+    num_blocks: int
     width: int
     seed: int
     reseed: bool
@@ -53,17 +55,16 @@ class Remedy:
         found = {}
         for site, metrics in result.metrics.items():
             samples = min(RANKME_SAMPLES, result.examples[site])
-            signs = diagnose(metrics, num_prototypes=self.num_prototypes, width=self.width, samples=samples)
+            competing = self.num_prototypes // self.num_blocks
+            signs = diagnose(metrics, num_prototypes=competing, width=self.width, samples=samples)
             if signs:
                 found[site] = signs
         return found
 
     def _reseeded(self, result: RoundResult) -> RoundResult:
-        total = sum(result.examples[site] for site in result.usage)
-        share = sum(torch.tensor(row) * (result.examples[site] / total) for site, row in result.usage.items())
-        assert isinstance(share, torch.Tensor)
+        shares = torch.tensor(list(result.usage.values()))
         generator = torch.Generator().manual_seed(self.seed * 100_003 + result.number)
-        prototypes, count = reseed(result.state[PROTOTYPES], share, generator)
+        prototypes, count = reseed(result.state[PROTOTYPES], shares, generator, blocks=self.num_blocks)
         if count:
             text = f"Round {result.number}: {count} prototypes that no site uses start again beside busy ones."
             progress.publish(progress.Note(text))

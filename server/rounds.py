@@ -124,7 +124,7 @@ def _fold(
 ) -> None:
     others = {name: value for name, value in update.state.items() if name != PROTOTYPES}
     aggregator.fold(mean, others, update.examples)
-    if update.mass is not None and update.usage is not None:
+    if PROTOTYPES in update.state and update.mass is not None and update.usage is not None:
         prototypes.fold(centres, update.state[PROTOTYPES], update.mass)
         result.usage.update(prototypes.usage_by_site({update.site: update.usage}))
     result.metrics[update.site] = update.metrics

@@ -62,7 +62,8 @@ def _cells(run: Path, method: str, seed: int) -> Iterator[dict[str, Any]]:
 
 def table(cells: Sequence[dict[str, Any]]) -> str:
     """Write mean and range over the seeds as a Markdown table, with the sites that collapsed."""
-    columns = [(domain, share) for share in reversed(FRACTIONS) for domain in ("in domain", "unseen site")]
+    domains = list(dict.fromkeys(cell["domain"] for cell in cells))
+    columns = [(domain, share) for share in reversed(FRACTIONS) for domain in domains]
     titles = [f"{domain}, {share:.0%}" for domain, share in columns]
     lines = [f"| method | {' | '.join(titles)} | collapsed at the end |", "|---" * (len(columns) + 2) + "|"]
     for method in dict.fromkeys(cell["method"] for cell in cells):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from fedssl import config as settings
 from fedssl import progress
-from fedssl.build import open_images, training_digest
+from fedssl.build import check_settings, open_images, training_digest
 from fedssl.config import Config
 from fedssl.errors import FederationError
 from fedssl.run_folder import RunFolder
@@ -33,6 +33,7 @@ def simulate(overrides: Sequence[str]) -> tuple[Config, list[Arm]]:
     logging.getLogger("flwr").setLevel(logging.ERROR)
     overrides = list(overrides)
     config = settings.load(overrides)
+    check_settings(config)
     store = open_images(config)
     arms = plan_arms(config, store, overrides)
     if arms[0].sites < config["federation"]["min_sites"]:

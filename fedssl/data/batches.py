@@ -114,7 +114,7 @@ class Batches:
     @cached_property
     def size(self) -> int:
         """Rows in each batch."""
-        rows = len(np.unique(self.images.column("patient"))) if self.pairing == "patient" else len(self.images)
+        rows = len(np.unique(self.images.column("group"))) if self.pairing == "patient" else len(self.images)
         return min(self.batch_size, rows)
 
     def __len__(self) -> int:

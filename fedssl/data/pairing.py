@@ -59,7 +59,8 @@ def series_rows(images: Subset, size: int, rng: np.random.Generator) -> Pairs:
 
     The neighbour is the next image of the series that trains here; an image alone in its series is its own partner.
     """
-    before, after = _neighbours(numbered(images.column("series")), images.column("order"))
+    patients, series = numbered(images.column("patient")), numbered(images.column("series"))
+    before, after = _neighbours(series * (patients.max() + 1) + patients, images.column("order"))
     for rows, _ in image_rows(images, size, rng):
         backwards = rng.random(len(rows)) < 0.5
         yield rows, np.where(backwards, before[rows], after[rows])
@@ -79,10 +80,11 @@ def _neighbours(series: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.n
 def patient_rows(images: Subset, size: int, rng: np.random.Generator) -> Pairs:
     """Give batches of patients without end: never a patient twice in a batch, two distinct images where there are two.
 
-    Equal copies of an image (``copies`` of the index) count as one. The patients of an epoch come in random order; the
-    next epoch fills up the last batch with patients that are not in it.
+    Equal copies of an image (``copies`` of the index) count as one, and patients that share images (``group``) take
+    turns as one: they may be one person. The patients of an epoch come in random order; the next epoch fills up the
+    last batch with patients that are not in it.
     """
-    members = _images_by_patient(images)
+    members = _images_by_person(images)
     waiting: list[int] = []
     while True:
         batch, waiting = waiting[:size], waiting[size:]
@@ -92,16 +94,20 @@ def patient_rows(images: Subset, size: int, rng: np.random.Generator) -> Pairs:
             filling = [patient for patient in fresh if patient not in taken][: size - len(batch)]
             batch = batch + filling
             waiting = [patient for patient in fresh if patient not in set(filling)]
-        pairs = [_two_of(members[patient], rng) for patient in batch]
+        pairs = [_two_of(members[patient][rng.integers(len(members[patient]))], rng) for patient in batch]
         yield np.array([first for first, _ in pairs]), np.array([second for _, second in pairs])
 
 
-def _images_by_patient(images: Subset) -> list[np.ndarray]:
-    patients = numbered(images.column("patient"))
+def _images_by_person(images: Subset) -> list[list[np.ndarray]]:
+    """Distinct images of each patient, the patients of a group together."""
+    patients, groups = numbered(images.column("patient")), numbered(images.column("group"))
     _, kept = np.unique(np.stack([patients, images.column("copies")]), axis=1, return_index=True)
     kept = np.sort(kept)
     order = kept[np.argsort(patients[kept], kind="stable")]
-    return np.split(order, np.flatnonzero(np.diff(patients[order])) + 1)
+    people: dict[int, list[np.ndarray]] = {}
+    for rows in np.split(order, np.flatnonzero(np.diff(patients[order])) + 1):
+        people.setdefault(int(groups[rows[0]]), []).append(rows)
+    return list(people.values())
 
 
 def _two_of(members: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:

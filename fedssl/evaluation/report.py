@@ -37,7 +37,7 @@ def write_report(
         sheet: PNG with the images nearest to prototypes; may be missing.
         environment: versions.
     """
-    num_prototypes = int(config["method"].get("num_prototypes", 0))
+    num_prototypes = int(config["method"].get("base", config["method"]).get("num_prototypes", 0))
     usage = round_rows[-1]["ssl/usage"] if round_rows else {}
     loader = jinja2.PackageLoader("fedssl.evaluation", ".")
     template = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(

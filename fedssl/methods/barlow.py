@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from fedssl.data.batches import ViewBatch
 from fedssl.encoders import feature_width
-from fedssl.methods.base import Loss, Method, full_precision, project, projector
+from fedssl.methods.base import Loss, Method, full_precision, project, projector, require
 
 
 def cross_correlation(
@@ -44,6 +44,7 @@ class BarlowTwins(Method):
 
     def __init__(self, encoder: nn.Module, *, hidden: int, width: int, redundancy_weight: float, seed: int = 0) -> None:
         super().__init__(encoder)
+        require(redundancy_weight=(redundancy_weight, redundancy_weight >= 0))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
             self.projector = projector([feature_width(encoder), hidden, hidden, width])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedssl.data.batches import ViewBatch
 from fedssl.encoders import feature_width
+from fedssl.errors import ConfigError
 
 PROTOTYPES = "prototypes"
 
@@ -44,12 +45,16 @@ class Method(nn.Module, ABC):
         terms: names of the loss's terms; their means over a round leave the site.
         classes: names of the labels that the method learns from; none for a self-supervised method.
         contrast: factor of a contrastive term, raised by the server against collapse; 1 is plain.
+        weighs_contrast: whether the loss has a contrastive term beside others, to which ``contrast`` applies.
+        num_blocks: groups of prototypes, equal in size and in order, that do not compete with each other.
     """
 
     shared: tuple[str, ...] = ("encoder.",)
     terms: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
     contrast: float = 1.0
+    weighs_contrast: bool = False
+    num_blocks: int = 1
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -87,6 +92,17 @@ class Method(nn.Module, ABC):
         return feature_width(self.encoder)
 
 
+def require(**settings: tuple[float, bool]) -> None:
+    """Refuse settings of a method that make no sense: ``require(temperature=(temperature, temperature > 0))``.
+
+    Raises:
+        ConfigError: names all that do not hold.
+    """
+    wrong = [f"method.{name}={value}" for name, (value, holds) in settings.items() if not holds]
+    if wrong:
+        raise ConfigError(f"{', '.join(wrong)} makes no sense. What each setting means stands in configs/method.")
+
+
 def encode(encoder: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
     """Run the encoder once for each size of view; returns features [batch, width] of each view in order."""
     features: dict[int, Tensor] = {}
@@ -118,6 +134,7 @@ def projector(widths: Sequence[int], *, norm: bool = True) -> nn.Sequential:
 
     BatchNorm always normalises by the batch and keeps no running statistics: there are none that could leave the site.
     """
+    require(**{"hidden or width": (min(widths), min(widths) >= 1)})
     layers: list[nn.Module] = []
     for before, after in itertools.pairwise(widths[:-1]):
         between = [nn.BatchNorm1d(after, track_running_stats=False)] if norm else []

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fedssl.data.batches import ViewBatch
 from fedssl.encoders import feature_width
-from fedssl.methods.base import Loss, Method, full_precision, project, projector
+from fedssl.methods.base import Loss, Method, full_precision, project, projector, require
 from fedssl.momentum import follow, make_target, rising_momentum
 
 
@@ -35,6 +35,7 @@ class BYOL(Method):
 
     def __init__(self, encoder: nn.Module, *, hidden: int, width: int, momentum: float, seed: int = 0) -> None:
         super().__init__(encoder)
+        require(momentum=(momentum, 0 <= momentum <= 1))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
             self.projector = projector([feature_width(encoder), hidden, width])

@@ -17,7 +17,7 @@ from fedssl.contrastive import nt_xent
 from fedssl.data.batches import ViewBatch
 from fedssl.data.modality import MODALITIES
 from fedssl.encoders import feature_width
-from fedssl.methods.base import Loss, Method, full_precision, project, projector
+from fedssl.methods.base import Loss, Method, full_precision, project, projector, require
 from fedssl.prototypes import assignment_mass, nearest_counts, renormalise, swapped_prediction
 
 
@@ -42,6 +42,7 @@ class ContrastiveClustering(Method):
 
     shared = ("encoder.", "projector.", "prototypes")
     terms = ("contrastive", "clustering")
+    weighs_contrast = True
 
     def __init__(  # noqa: PLR0913 - the settings of the paper, plain and named
         self,
@@ -61,6 +62,13 @@ class ContrastiveClustering(Method):
         seed: int = 0,
     ) -> None:
         super().__init__(encoder)
+        require(
+            num_prototypes=(num_prototypes, num_prototypes >= 2),
+            contrastive_temperature=(contrastive_temperature, contrastive_temperature > 0),
+            clustering_temperature=(clustering_temperature, clustering_temperature > 0),
+            contrastive_weight=(contrastive_weight, contrastive_weight >= 0),
+            clustering_weight=(clustering_weight, clustering_weight >= 0),
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
             self.projector = projector([feature_width(encoder), hidden, width])
@@ -68,6 +76,7 @@ class ContrastiveClustering(Method):
         self.contrastive_temperature = contrastive_temperature
         self.clustering_temperature = clustering_temperature
         self.equipartition = Equipartition(epsilon, iterations, modalities, tuple(blocks))
+        self.num_blocks = self.equipartition.num_blocks(num_prototypes)
         self.contrastive_weight = contrastive_weight
         self.clustering_weight = clustering_weight
 

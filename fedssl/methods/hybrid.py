@@ -13,7 +13,20 @@ from torch.nn import functional as F
 
 from fedssl.data.batches import ViewBatch
 from fedssl.encoders import feature_width
+from fedssl.errors import ConfigError
 from fedssl.methods.base import Loss, Method, full_precision
+
+
+def _refuse_unusable(classes: Sequence[str | int], weight: float) -> None:
+    names = list(classes) if not isinstance(classes, str) else []
+    texts = {str(name) for name in names if isinstance(name, str | int) and not isinstance(name, bool)}
+    if len(names) < 2 or len(texts) != len(names):
+        raise ConfigError(
+            f"method.classes={classes} must list at least two different labels as they stand in the table; put quotes "
+            "around true, false, yes and no: ['true', 'false']."
+        )
+    if not 0.0 <= weight <= 1.0:
+        raise ConfigError(f"method.weight={weight} must lie between 0 (self-supervised) and 1 (supervised).")
 
 
 class Hybrid(Method):
@@ -28,6 +41,7 @@ class Hybrid(Method):
 
     def __init__(self, base: Method, *, classes: Sequence[str | int], weight: float, seed: int = 0) -> None:
         super().__init__(base.encoder)
+        _refuse_unusable(classes, weight)
         if base.num_prototypes:
             self.prototypes = base.prototypes
         self.base = base
@@ -38,6 +52,7 @@ class Hybrid(Method):
         self.weight = weight
         self.shared = (*base.shared, *(f"base.{name}" for name in base.shared), "classifier.")
         self.terms = (*base.terms, "supervised")
+        self.num_blocks, self.weighs_contrast = base.num_blocks, base.weighs_contrast
 
     def begin_round(self) -> None:
         """Let the base method begin."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fedssl.data.batches import ViewBatch
 from fedssl.encoders import feature_width
-from fedssl.methods.base import Loss, Method, full_precision, project, projector
+from fedssl.methods.base import Loss, Method, full_precision, project, projector, require
 from fedssl.momentum import follow, make_target
 from fedssl.queues import Queue
 
@@ -66,6 +66,11 @@ class MoCo(Method):
         seed: int = 0,
     ) -> None:
         super().__init__(encoder)
+        require(
+            temperature=(temperature, temperature > 0),
+            momentum=(momentum, 0 <= momentum <= 1),
+            queue_length=(queue_length, queue_length >= 0),
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
             self.projector = projector([feature_width(encoder), hidden, width], norm=False)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fedssl.data.batches import ViewBatch
 from fedssl.encoders import feature_width
-from fedssl.methods.base import Loss, Method, full_precision, project, projector
+from fedssl.methods.base import Loss, Method, full_precision, project, projector, require
 from fedssl.momentum import follow, make_target, rising_momentum
 
 
@@ -61,6 +61,11 @@ class ReLIC(Method):
         seed: int = 0,
     ) -> None:
         super().__init__(encoder)
+        require(
+            temperature=(temperature, temperature > 0),
+            momentum=(momentum, 0 <= momentum <= 1),
+            invariance_weight=(invariance_weight, invariance_weight >= 0),
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
             self.projector = projector([feature_width(encoder), hidden, width])

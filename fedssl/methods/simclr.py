@@ -9,7 +9,7 @@ from torch import nn
 from fedssl.contrastive import nt_xent
 from fedssl.data.batches import ViewBatch
 from fedssl.encoders import feature_width
-from fedssl.methods.base import Loss, Method, full_precision, project, projector
+from fedssl.methods.base import Loss, Method, full_precision, project, projector, require
 
 
 class SimCLR(Method):
@@ -28,6 +28,7 @@ class SimCLR(Method):
 
     def __init__(self, encoder: nn.Module, *, hidden: int, width: int, temperature: float, seed: int = 0) -> None:
         super().__init__(encoder)
+        require(temperature=(temperature, temperature > 0))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
             self.projector = projector([feature_width(encoder), hidden, width])

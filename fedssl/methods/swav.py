@@ -16,7 +16,7 @@ from fedssl.clustering import POOLED, Equipartition, Memory
 from fedssl.data.batches import ViewBatch
 from fedssl.data.modality import MODALITIES
 from fedssl.encoders import feature_width
-from fedssl.methods.base import Loss, Method, full_precision, project, projector
+from fedssl.methods.base import Loss, Method, full_precision, project, projector, require
 from fedssl.prototypes import assignment_mass, nearest_counts, renormalise, swapped_prediction
 from fedssl.queues import Queue
 
@@ -59,12 +59,19 @@ class SwAV(Method):
         seed: int = 0,
     ) -> None:
         super().__init__(encoder)
+        require(
+            num_prototypes=(num_prototypes, num_prototypes >= 2),
+            temperature=(temperature, temperature > 0),
+            queue_length=(queue_length, queue_length >= 0),
+            frozen=(frozen, 0 <= frozen <= 1),
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
             self.projector = projector([feature_width(encoder), hidden, width])
             self.prototypes = nn.Parameter(renormalise(torch.randn(num_prototypes, width)))
         self.temperature = temperature
         self.equipartition = Equipartition(epsilon, iterations, modalities, tuple(blocks))
+        self.num_blocks = self.equipartition.num_blocks(num_prototypes)
         self.queues = [Queue(queue_length, width + 1) for _ in range(2)]  # the last column: modality
         self.held = nn.ModuleList(self.queues)
         self.frozen = frozen

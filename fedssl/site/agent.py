@@ -96,7 +96,7 @@ class SiteAgent:
             raise DataError(
                 f"has {count} training images; contrastive learning needs at least two. Check data.root and the split"
             )
-        patients = len(np.unique(self.images.column("patient")))
+        patients = len(np.unique(self.images.column("group")))
         if self.work.pairing == "patient" and patients < _SMALLEST_BATCH:
             raise DataError("has images of one patient; pairing=patient needs at least two. Use pairing=image")
         if self.method.num_prototypes > count:

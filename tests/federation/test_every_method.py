@@ -10,6 +10,8 @@ from fedssl.checkpoint import load_checkpoint
 from fedssl.collapse import diagnose
 from fedssl.config import CONFIG_FOLDER, load
 from fedssl.data.batches import ViewBatch
+from fedssl.errors import FederationError
+from fedssl.label_efficiency import evaluate_run
 from fedssl.run_folder import RunFolder
 from fedssl.storage import read_jsonl
 from fedssl.update import load_shared_state, shared_state
@@ -112,3 +114,22 @@ def test_other_pairings_train_too(pairing, tiny, tmp_path):
     run = tmp_path / "run"
     simulate([*tiny, "method=simclr", f"pairing={pairing}", "data.sites=[EAST,WEST]", f"run_dir={run}"])
     assert all(math.isfinite(row["loss"]) for row in read_jsonl(RunFolder(run).metrics))
+
+
+def test_a_hybrid_federation_learns_from_the_labels_of_its_training_patients_alone(tiny, hospitals, tmp_path):
+    run = tmp_path / "run"
+    labels = [f"data.labels={hospitals / 'labels.csv'}", "data.label=lesion"]
+    simulate([*tiny, *_choice("hybrid"), *labels, f"run_dir={run}"])
+    rows = read_jsonl(RunFolder(run).metrics)
+    assert all(0 < row["supervised"] < 5 for row in rows)
+    start = shared_state(build_method(load([*tiny, *_choice("hybrid")])))
+    state = load_checkpoint(RunFolder(run).last).state
+    assert not torch.equal(state["classifier.weight"], start["classifier.weight"])
+    assert evaluate_run(run, hospitals / "labels.csv", {"label": "lesion"})["scores"]
+
+
+def test_a_label_table_that_does_not_fit_is_said_before_training(tiny, tmp_path):
+    (tmp_path / "labels.csv").write_text("file,finding\nEAST/nobody/000.dcm,1\n")
+    settings = [*tiny, *_choice("hybrid"), f"data.labels={tmp_path / 'labels.csv'}", "data.label=finding"]
+    with pytest.raises(FederationError, match="None of the 1 labels belongs to an image"):
+        simulate([*settings, f"run_dir={tmp_path / 'run'}"])

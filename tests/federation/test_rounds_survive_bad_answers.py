@@ -33,7 +33,21 @@ def _honest(site, value, **changed):
     return wire.write_update(Update(**(plain | changed), metrics={"loss": 1.0, "images": 10.0}))
 
 
-def _run(answers, **changed):
+def test_counts_of_prototypes_for_a_method_without_any_are_refused_and_the_round_goes_on():
+    start = {"w": torch.zeros(3)}
+
+    def site(name, **counts):
+        update = Update(name, start, 10, counts.get("mass"), counts.get("usage"), {"loss": 1.0, "images": 10.0})
+        return wire.write_update(update)
+
+    answers = {"good-1": site("good-1"), "good-2": site("good-2")}
+    answers["evil"] = site("evil", mass=torch.ones(2), usage=torch.ones(2))
+    result = _run(answers, start)
+    assert set(result.failed) == {"evil"}
+    assert "counts prototypes where the method has none" in result.failed["evil"]
+
+
+def _run(answers, start=None, **changed):
     """Run one round with scripted sites; returns the result of the last round."""
 
     def client_app(message, context):
@@ -54,7 +68,7 @@ def _run(answers, **changed):
         )
     )
     grid = InProcessGrid(client_app, nodes, {})
-    return list(run_rounds(grid, RoundResult(0, dict(_START)), plan, WeightedMean()))[-1]
+    return list(run_rounds(grid, RoundResult(0, dict(start or _START)), plan, WeightedMean()))[-1]
 
 
 _BROKEN = {

@@ -85,6 +85,21 @@ def test_labels_teach_the_classifier_what_the_images_show():
     assert loss.terms["supervised"].item() < 0.1
 
 
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("method.classes=[true,false]", "put quotes"),
+        ("method.classes=absent", "at least two different labels"),
+        ("method.classes=[a,a]", "at least two different labels"),
+        ("method.classes=[]", "at least two different labels"),
+        ("method.weight=2", "must lie between 0"),
+    ],
+)
+def test_classes_and_weights_that_cannot_be_meant_are_refused(setting, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        build_method(load([*_SMALL, "method=hybrid", "method.classes=[a,b]", setting]))
+
+
 def test_hybrid_without_classes_says_what_is_missing():
     with pytest.raises(ConfigError, match=r"method\.classes"):
         load([*_SMALL, "method=hybrid"])

@@ -35,7 +35,7 @@ def _patients(counts, seed=0):
         seen[name].append(row)
         if len(seen[name]) == 5:
             copies[row] = seen[name][0]
-    return _images(patient=patient, copies=copies)
+    return _images(patient=patient, group=patient, copies=copies)
 
 
 def test_over_1000_batches_no_patient_is_twice_in_a_batch_and_images_differ_where_there_are_two():
@@ -54,6 +54,19 @@ def test_over_1000_batches_no_patient_is_twice_in_a_batch_and_images_differ_wher
             assert (copies[one] == copies[other]) == (distinct[name] == 1)
         seen.update(names)
     assert max(seen.values()) - min(seen.values()) <= 2  # patients take turns
+
+
+def test_patients_that_share_images_are_never_in_one_batch_but_pairs_come_from_one_of_them():
+    patient = np.array(["a", "a", "b", "b", "c", "c", "d"])
+    images = _images(patient=patient, group=np.array([0, 0, 0, 0, 1, 1, 2]), copies=np.arange(7))
+    rows = patient_rows(images, 3, np.random.default_rng(0))
+    seen = set()
+    for _ in range(200):
+        first, second = next(rows)
+        assert len(set(images.column("group")[first].tolist())) == 3
+        assert (patient[first] == patient[second]).all()
+        seen |= set(patient[first].tolist())
+    assert seen == set("abcd")
 
 
 def test_every_pair_of_images_of_a_patient_comes_up_about_equally_often():
@@ -85,6 +98,15 @@ def test_a_neighbour_is_the_slice_before_or_after_in_the_same_series():
         assert found == expected
 
 
+def test_equal_series_names_of_two_patients_are_two_series():
+    images = _images(patient=np.array(list("ababab")), series=np.array(["s"] * 6), order=np.array([0, 0, 1, 1, 2, 2]))
+    rows = series_rows(images, 4, np.random.default_rng(0))
+    for _ in range(100):
+        first, second = next(rows)
+        assert (images.column("patient")[first] == images.column("patient")[second]).all()
+        assert (first != second).all()
+
+
 def test_rows_of_single_images_are_their_own_partners_and_cover_an_epoch():
     images = _images(patient=np.array(list("aabbbccccd")))
     rows = image_rows(images, 5, np.random.default_rng(0))
@@ -111,7 +133,7 @@ def test_a_batch_holds_the_pixels_of_both_images_of_each_row(east, pairing):
 
 
 def test_a_site_with_fewer_patients_than_the_batch_size_has_batches_of_all_its_patients(east):
-    patients = len(set(east.column("patient").tolist()))
+    patients = len(set(east.column("group").tolist()))
     batches = Batches(east, 10_000, 1.0, seed=0, pairing="patient")
     assert batches.size == patients
     assert len(batches) == len(east) // patients

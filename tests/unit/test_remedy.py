@@ -31,7 +31,15 @@ def _result(number=10, ill=(), sites=("A", "B", "C"), usage=None):
 
 
 def _remedy(**changed):
-    plain = {"rounds": 20, "num_prototypes": 8, "width": 64, "seed": 0, "reseed": False, "contrast": 1.0}
+    plain = {
+        "rounds": 20,
+        "num_prototypes": 8,
+        "num_blocks": 1,
+        "width": 64,
+        "seed": 0,
+        "reseed": False,
+        "contrast": 1.0,
+    }
     return Remedy(**(plain | changed))
 
 
@@ -68,6 +76,35 @@ def test_a_prototype_that_one_site_uses_is_not_dead():
     assert _remedy(reseed=True).treat(result, 1.0).reseeded == 0
 
 
+def test_what_a_small_hospital_alone_uses_is_not_dead():
+    result = _result(sites=("large", "small"))
+    result.usage = {"large": [0.25] * 4 + [0.0] * 4, "small": [0.0] * 4 + [0.25] * 4}
+    result.examples = {"large": 5000, "small": 50}
+    assert _remedy(reseed=True).treat(result, 1.0).reseeded == 0
+
+
+def test_prototypes_of_a_block_start_again_beside_busy_ones_of_the_same_block():
+    before = _result(usage=[0.1, 0.0, 0.0, 0.0, 0.9, 0.0, 0.0, 0.0])
+    new = _remedy(reseed=True, num_blocks=2).treat(before, 1.0).state["prototypes"]
+    old = before.state["prototypes"]
+    nearest = (new @ old[[0, 4]].T).argmax(1).tolist()
+    assert nearest == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_a_block_that_nobody_has_images_for_is_left_alone():
+    before = _result(usage=[0.5, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    after = _remedy(reseed=True, num_blocks=2).treat(before, 1.0)
+    assert after.reseeded == 2
+    assert torch.equal(after.state["prototypes"][4:], before.state["prototypes"][4:])
+
+
+def test_a_collapse_inside_blocks_is_seen():
+    result = _result()
+    result.metrics = dict.fromkeys("ABC", _HEALTHY | {"clustering": math.log(4)})
+    assert _remedy().treat(result, 1.0).signs == {}
+    assert set(_remedy(num_blocks=2).treat(result, 1.0).signs) == {"A", "B", "C"}
+
+
 def test_the_last_round_is_not_reseeded_because_nothing_trains_the_new_prototypes():
     assert _remedy(reseed=True).treat(_result(number=20, usage=[1.0] + [0.0] * 7), 1.0).reseeded == 0
 
@@ -87,7 +124,7 @@ def test_reseeding_with_random_shares_keeps_the_sphere_and_counts_the_dead():
         prototypes = F.normalize(torch.randn(32, 8, generator=generator), dim=1)
         share = torch.rand(32, generator=generator) * (torch.rand(32, generator=generator) < 0.5)
         share = share / share.sum()
-        new, count = reseed(prototypes, share, generator)
+        new, count = reseed(prototypes, share[None], generator)
         dead = [k for k in range(32) if share[k] < 0.1 / 32]
         assert count == len(dead)
         assert all(torch.equal(new[k], prototypes[k]) for k in range(32) if k not in dead)
