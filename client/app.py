@@ -9,7 +9,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedssl import wire
-from fedssl.build import build_agent
+from fedssl.build_site import build_agent
 from fedssl.config import fingerprint, load, overrides_of
 from fedssl.errors import FedsslError
 from fedssl.site.agent import SiteAgent

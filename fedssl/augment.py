@@ -203,11 +203,11 @@ def _unusable_changes(changes: Mapping[str, Any], place: str) -> Iterator[str]:
     """Give every strength that is none."""
     known = sorted(setting.name for setting in fields(Changes))
     for name, strength in changes.items():
-        most = 1.0 if name == "ct_windows" else math.inf
+        most = 1.0 if name == "ct_windows" else 180.0  # degrees; far beyond what any other strength can mean
         if name not in known:
             yield f"{place}{name} does not exist; there are {', '.join(known)}"
         elif not isinstance(strength, int | float) or not 0.0 <= strength <= most:
-            yield f"{place}{name} must be a number of at least 0" + (" and at most 1" if most == 1.0 else "")
+            yield f"{place}{name} must be a number from 0 to {most:g}"
 
 
 def standardise(images: Images) -> Images:

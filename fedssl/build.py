@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -17,21 +16,18 @@ from fedssl.augment import Views
 from fedssl.config import REMOTE, Config, instantiate_node
 from fedssl.data.cache import ImageStore, Subset, select
 from fedssl.data.indexing.ingest import Decoding
-from fedssl.data.labels import labels_of_images
 from fedssl.data.pseudonym import site_secret
 from fedssl.data.splits import test_mask
 from fedssl.data.store import Source, Store
 from fedssl.errors import ConfigError, DataError
 from fedssl.methods.base import Method
 from fedssl.optim import Schedule
-from fedssl.site.agent import LocalWork, SiteAgent
 from fedssl.start_weights import load_start_weights
 from fedssl.storage import cache_folder
 from fedssl.training import pick_device
 from fedssl.update import shared_state
 
 POOLED_SITE = "pooled"
-_FEWEST_PATIENTS = 3
 _TINY = 16  # pixels on a side: 1 x 1 before the last stage of a residual network
 
 
@@ -206,77 +202,3 @@ def training_digest(config: Config, store: ImageStore) -> str:
     members = [site for names in participants(config, store).values() for site in names]
     digests = sorted(training_images(config, store, members).column("digest").tolist())
     return hashlib.sha256(b"".join(digests)).hexdigest()
-
-
-def build_agent(config: Config, node_config: Mapping[str, Any]) -> SiteAgent:
-    """Build the agent of the site that a Flower node is.
-
-    Args:
-        config: the configuration.
-        node_config: ``site``, ``data-dir``, ``labels``, ``label``, ``burned-in`` and ``patient-from`` where a hospital
-            runs it;
-            ``partition-id`` in a simulation.
-
-    Raises:
-        ConfigError: the node is none of the sites.
-        DataError: the site has no readable image.
-    """
-    if "data-dir" in node_config:
-        config = _with_own_settings(config, node_config)
-        site, members = str(node_config.get("site", "site")), None
-        root = root_of(config, str(node_config["data-dir"]), site=site)
-        store = open_images(config, root, site=site)
-    else:
-        root = root_of(config, config["data"]["root"])
-        store = open_images(config, root)
-        sites = participants(config, store)
-        number = int(node_config.get("partition-id", -1))
-        nodes = int(node_config.get("num-partitions", len(sites)))
-        if not 0 <= number < len(sites) or nodes != len(sites):
-            raise ConfigError(f"is node {number} of {nodes} where the data has {len(sites)} sites; start a node a site")
-        site = list(sites)[number]
-        members = sites[site]
-    training = config["training"]
-    work = LocalWork(
-        training["batch_size"], training["local_epochs"], config["seed"],
-        Schedule(config["optim"]["schedule"], config["optim"]["warmup"]), config["pairing"], training["precision"],
-        training["threads"],
-    )  # fmt: skip
-    images, method = training_images(config, store, members), build_method(config)
-    return SiteAgent(
-        site, images, store_folder(config, root) / "state", method, optimizer_maker(config), build_views(config), work,
-        _training_labels(config, store, images, method.classes),
-    )  # fmt: skip
-
-
-def _training_labels(config: Config, store: ImageStore, images: Subset, classes: Sequence[str]) -> np.ndarray:
-    """Labels of the training images, read only where the method learns from them; empty where unknown.
-
-    A class that fewer than three training patients of the site share is left out: the run chooses the classes, and
-    must not learn from them whether one patient is here.
-    """
-    if not classes:
-        return np.full(len(images), "")
-    data = config["data"]
-    every = labels_of_images(store, Path(data["labels"]) if data["labels"] else None, data["label"])
-    labels, patients = every[images.rows], images.column("patient")
-    for name in classes:
-        if len(np.unique(patients[labels == name])) < _FEWEST_PATIENTS:
-            labels = np.where(labels == name, "", labels)
-    used = np.isin(labels, list(classes))
-    text = f"{used.sum()} of {len(labels)} training images have a label that three patients or more share."
-    progress.publish(progress.Note(text, alarm=not used.any() and bool((every != "").any())))
-    return labels
-
-
-def _with_own_settings(config: Config, node_config: Mapping[str, Any]) -> Config:
-    """Let the hospital, not whoever starts the run, say what its files are, which it lets in and where they lie."""
-    own = {
-        "burned_in": str(node_config.get("burned-in", "refuse")),
-        "patient_from": str(node_config.get("patient-from", "auto")),
-        "store": None,
-        "filters": None,
-        "labels": node_config.get("labels"),
-        "label": str(node_config.get("label", "label")),
-    }
-    return {**config, "data": {**config["data"], **own}}

@@ -20,6 +20,7 @@ def test_partitioned_clusters_tell_the_modality_and_equipartition_inside_each_te
         run = tmp_path / form
         settings = [
             "method.epsilon=0.02",
+            "method.blocks=[radiography,ct,mr,ultrasound]",
             "method.contrastive_weight=0.2",
             "federation.rounds=6",
             "data.sites=[SOUTH,WEST]",

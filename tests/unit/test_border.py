@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedssl.build import build_agent, build_method, check_settings
+from fedssl.build import build_method, check_settings
+from fedssl.build_site import build_agent
 from fedssl.config import fingerprint, load
 from fedssl.data.batches import Batches, ViewBatch
 from fedssl.errors import ConfigError, FederationError

@@ -136,7 +136,7 @@ def test_evaluate_and_report_say_what_is_missing(tmp_path):
 
 def test_an_interrupted_run_ends_with_code_130_and_goes_on_with_resume(tiny, tmp_path):
     run = tmp_path / "run"
-    overrides = [*tiny, "federation.rounds=24", f"run_dir={run}"]
+    overrides = [*tiny, "federation.rounds=12", f"run_dir={run}"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "fedssl.cli", "simulate", *overrides]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
@@ -152,14 +152,14 @@ def test_an_interrupted_run_ends_with_code_130_and_goes_on_with_resume(tiny, tmp
     from fedssl.run_folder import RunFolder
 
     before = load_checkpoint(RunFolder(run).last).round
-    assert 1 <= before < 24
-    again = [*[text for text in overrides if "rounds" not in text], "federation.rounds=24", "resume=true"]
+    assert 1 <= before < 12
+    again = [*[text for text in overrides if "rounds" not in text], "federation.rounds=12", "resume=true"]
     assert _run("simulate", *again).exit_code == 0
-    assert load_checkpoint(RunFolder(run).last).round == 24
+    assert load_checkpoint(RunFolder(run).last).round == 12
 
 
 def test_a_site_that_was_indexed_by_the_command_is_what_its_agent_trains_on(hospitals, tiny, tmp_path, monkeypatch):
-    from fedssl.build import build_agent
+    from fedssl.build_site import build_agent
     from fedssl.config import load
 
     monkeypatch.setenv("FEDSSL_CACHE", str(tmp_path))
@@ -174,7 +174,7 @@ def test_a_site_that_was_indexed_by_the_command_is_what_its_agent_trains_on(hosp
 def test_whoever_starts_a_run_cannot_lower_a_hospitals_policy_for_burned_in_text(
     hospitals, tiny, tmp_path, monkeypatch
 ):
-    from fedssl.build import build_agent
+    from fedssl.build_site import build_agent
     from fedssl.config import load
 
     monkeypatch.setenv("FEDSSL_CACHE", str(tmp_path))
