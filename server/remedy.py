@@ -25,7 +25,7 @@ class Remedy:
         num_blocks: groups of prototypes that do not compete.
         width: of the encoder's features.
         seed: of the run.
-        reseed: start prototypes that no site uses again beside busy ones.
+        reseed: start prototypes that no site uses again beside busy ones, while most sites show signs.
         contrast: factor on the contrastive term's weight for each round in which most sites show signs; 1: off.
     """
 
@@ -47,7 +47,8 @@ class Remedy:
         if result.number <= max(_SETTLING_ROUNDS, _SETTLING_SHARE * self.rounds):
             return replace(result, contrast=contrast)
         result = replace(result, signs=self._signs(result), contrast=contrast)
-        if self.reseed and PROTOTYPES in result.state and result.number < self.rounds:
+        ill = len(result.signs) * 2 > len(result.metrics)
+        if ill and self.reseed and PROTOTYPES in result.state and result.number < self.rounds:
             result = self._reseeded(result)
         return replace(result, contrast=self._next_contrast(result)) if self.contrast > 1.0 else result
 

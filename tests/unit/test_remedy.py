@@ -57,7 +57,7 @@ def test_without_a_remedy_nothing_changes_but_the_signs():
 
 def test_dead_prototypes_start_again_beside_the_busiest_and_the_others_stay():
     shares = [0.5, 0.3, 0.2, 0.0, 0.0, 0.0, 0.0, 0.0]
-    before = _result(usage=shares)
+    before = _result(ill="ABC", usage=shares)
     after = _remedy(reseed=True).treat(before, 1.0)
     old, new = before.state["prototypes"], after.state["prototypes"]
     assert after.reseeded == 5
@@ -70,21 +70,26 @@ def test_dead_prototypes_start_again_beside_the_busiest_and_the_others_stay():
     assert torch.equal(new, _remedy(reseed=True).treat(before, 1.0).state["prototypes"])
 
 
+def test_a_healthy_round_is_not_reseeded():
+    assert _remedy(reseed=True).treat(_result(ill="A", usage=[1.0] + [0.0] * 7), 1.0).reseeded == 0
+    assert _remedy(reseed=True).treat(_result(ill="AB", usage=[1.0] + [0.0] * 7), 1.0).reseeded == 7
+
+
 def test_a_prototype_that_one_site_uses_is_not_dead():
-    result = _result(sites=("A", "B"))
+    result = _result(ill="AB", sites=("A", "B"))
     result.usage = {"A": [0.125] * 8, "B": [1.0] + [0.0] * 7}
     assert _remedy(reseed=True).treat(result, 1.0).reseeded == 0
 
 
 def test_what_a_small_hospital_alone_uses_is_not_dead():
-    result = _result(sites=("large", "small"))
+    result = _result(ill=("large", "small"), sites=("large", "small"))
     result.usage = {"large": [0.25] * 4 + [0.0] * 4, "small": [0.0] * 4 + [0.25] * 4}
     result.examples = {"large": 5000, "small": 50}
     assert _remedy(reseed=True).treat(result, 1.0).reseeded == 0
 
 
 def test_prototypes_of_a_block_start_again_beside_busy_ones_of_the_same_block():
-    before = _result(usage=[0.1, 0.0, 0.0, 0.0, 0.9, 0.0, 0.0, 0.0])
+    before = _result(ill="ABC", usage=[0.1, 0.0, 0.0, 0.0, 0.9, 0.0, 0.0, 0.0])
     new = _remedy(reseed=True, num_blocks=2).treat(before, 1.0).state["prototypes"]
     old = before.state["prototypes"]
     nearest = (new @ old[[0, 4]].T).argmax(1).tolist()
@@ -92,7 +97,7 @@ def test_prototypes_of_a_block_start_again_beside_busy_ones_of_the_same_block():
 
 
 def test_a_block_that_nobody_has_images_for_is_left_alone():
-    before = _result(usage=[0.5, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    before = _result(ill="ABC", usage=[0.5, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     after = _remedy(reseed=True, num_blocks=2).treat(before, 1.0)
     assert after.reseeded == 2
     assert torch.equal(after.state["prototypes"][4:], before.state["prototypes"][4:])
@@ -106,7 +111,7 @@ def test_a_collapse_inside_blocks_is_seen():
 
 
 def test_the_last_round_is_not_reseeded_because_nothing_trains_the_new_prototypes():
-    assert _remedy(reseed=True).treat(_result(number=20, usage=[1.0] + [0.0] * 7), 1.0).reseeded == 0
+    assert _remedy(reseed=True).treat(_result(number=20, ill="ABC", usage=[1.0] + [0.0] * 7), 1.0).reseeded == 0
 
 
 def test_the_contrastive_term_weighs_more_while_most_sites_show_signs_and_less_when_none_does():
