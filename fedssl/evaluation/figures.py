@@ -15,12 +15,15 @@ _COLOURS = ("#0b6e99", "#c2571a", "#5b7f2b", "#7d4f9e", "#8a6d3b", "#4d5560", "#
 _DASHED = {"random encoder", "raw pixels (PCA)", "grey-value statistics", "metadata only"}
 _SITE_PANELS = (
     ("loss", "loss"),
-    ("contrastive", "NT-Xent"),
+    ("contrastive", "contrastive"),
     ("clustering", "swapped prediction"),
     ("effective_prototypes", "effective prototypes"),
+    ("modality_nmi", "clusters' information on modality"),
     ("rankme", "RankMe (effective dimensions)"),
     ("images_per_s", "images / s"),
 )
+
+_NOT_DRAWN = {"round", "site", "images", "seconds", "data_wait", "optimizer_restarted"}
 
 
 def label_efficiency(scores: Sequence[Mapping[str, Any]], *, probe: str) -> str:
@@ -59,7 +62,9 @@ def _label_shares(axes: Axes, fractions: Sequence[float]) -> None:
 
 def site_telemetry(rows: Sequence[Mapping[str, Any]], *, num_prototypes: int) -> str:
     """Loss and telemetry of every site by round."""
-    panels = [(key, title) for key, title in _SITE_PANELS if any(key in row for row in rows)]
+    keys = {key for row in rows for key in row}
+    terms = sorted(keys - _NOT_DRAWN - {key for key, _ in _SITE_PANELS})  # of the method's loss, whatever they are
+    panels = [(key, title) for key, title in _SITE_PANELS if key in keys] + [(term, term) for term in terms]
     columns = 3
     figure = Figure(figsize=(11, 2.9 * math.ceil(len(panels) / columns)), layout="constrained")
     grid = figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False).ravel()
