@@ -33,8 +33,7 @@ def build_agent(config: Config, node_config: Mapping[str, Any]) -> SiteAgent:
     Args:
         config: the configuration.
         node_config: ``site``, ``data-dir``, ``labels``, ``label``, ``burned-in`` and ``patient-from`` where a hospital
-            runs it;
-            ``partition-id`` in a simulation.
+            runs it; ``partition-id`` in a simulation.
 
     Raises:
         ConfigError: the node is none of the sites.

@@ -1,8 +1,8 @@
 """SwAV (Caron et al. 2020): predict a view's cluster code from the other views; nothing else keeps features apart.
 
-On the few thousand images of a small consortium it collapsed in every setting tried (docs/experiments.md):
-``contrastive_clustering`` is the default for that reason. The queue is made of patients' images: it never leaves the
-site and starts each round empty.
+On the few thousand images of a small consortium others saw it collapse in every setting (docs/experiments.md); for that
+reason ``contrastive_clustering`` is the default. The queue is made of patients' images: it never leaves the site and
+starts each round empty.
 """
 
 from collections.abc import Sequence
