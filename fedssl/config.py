@@ -3,6 +3,7 @@
 A configuration is a plain nested dictionary. No class of the library sees one: ``fedssl.build`` takes it apart.
 """
 
+import functools
 import hashlib
 import json
 import shlex
@@ -53,9 +54,8 @@ def load(overrides: Sequence[str]) -> Config:
         )
     overrides = [ready(override) for override in overrides]
     try:
+        refuse_unknown(overrides, _known_keys(tuple(text for text in overrides if is_choice(text))))
         with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-            chosen = compose("config", overrides=[text for text in overrides if is_choice(text)])
-            refuse_unknown(overrides, list(keys_of(OmegaConf.to_container(chosen, resolve=False))))
             composed = compose("config", overrides=list(overrides))
         refuse_missing(OmegaConf.missing_keys(composed))
         config = OmegaConf.to_container(composed, resolve=True)
@@ -70,6 +70,16 @@ def load(overrides: Sequence[str]) -> Config:
         if plain[section][key] and not plain[section][key].startswith(REMOTE):
             plain[section][key] = str(Path(plain[section][key]).absolute())
     return plain
+
+
+@functools.lru_cache(maxsize=64)
+def _known_keys(choices: tuple[str, ...]) -> list[str]:
+    """List the keys of the configuration that chosen files make, such as ``("method=simclr",)``."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        return list(keys_of(OmegaConf.to_container(compose("config", overrides=list(choices)), resolve=False)))
 
 
 def overrides_of(text: str) -> list[str]:

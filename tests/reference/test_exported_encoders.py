@@ -8,7 +8,7 @@ import torch
 from fedssl.config import CONFIG_FOLDER, instantiate_node, load
 from fedssl.release.onnx import export_onnx
 
-_LARGE = {"resnet50", "resnetv2_152x2_bit", "vit_small_patch16_224"}
+_LARGE = {"resnet18", "resnet50", "resnetv2_152x2_bit", "vit_small_patch16_224"}
 ENCODERS = [
     pytest.param(path.stem, marks=pytest.mark.slow) if path.stem in _LARGE else path.stem
     for path in sorted((CONFIG_FOLDER / "encoder").glob("*.yaml"))

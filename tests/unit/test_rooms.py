@@ -19,8 +19,10 @@ def _rooms(overrides, value):
     rooms = set()
 
     def watch(frame, event, _):
+        if event != "call" or "/fedssl/" not in frame.f_code.co_filename:
+            return
         file = Path(frame.f_code.co_filename)
-        if event == "call" and "fedssl" in file.parts and file.stem not in {"config", "build"}:
+        if file.stem not in {"config", "build"}:
             names = frame.f_code.co_varnames[: frame.f_code.co_argcount + frame.f_code.co_kwonlyargcount]
             handed = [frame.f_locals.get(name) for name in names]
             if any(type(item) is type(value) and item == value for item in handed):
