@@ -66,14 +66,17 @@ def _build_method(node: Mapping[str, Any], encoder: nn.Module) -> Method:
     return instantiate_node(outer, base=_build_method(node["base"], encoder))
 
 
-def first_state(config: Config) -> dict[str, Tensor]:
+def first_state(config: Config, method: Method) -> dict[str, Tensor]:
     """Return the shared state that a federation starts from: random, or an encoder from ``encoder.weights``.
+
+    Args:
+        config: names the weights.
+        method: untrained; its encoder takes the weights.
 
     Raises:
         ConfigError: the weights do not fit the encoder.
         DataError: their file cannot be read.
     """
-    method = build_method(config)
     weights = config["encoder"]["weights"]
     if weights:
         load_start_weights(method.encoder, Path(weights), in_chans=config["encoder"]["in_chans"])

@@ -5,17 +5,26 @@ A target is a copy kept at the site: it never leaves, and every round starts it 
 
 import copy
 import math
-from typing import TypeVar
 
 import torch
 from torch import nn
 
-Network = TypeVar("Network", bound=nn.Module)
 
+class SlowCopy(nn.Sequential):
+    """Copies of an encoder and its head, without gradient, that follow them.
 
-def make_target(online: Network) -> Network:
-    """Copy a network; the copy takes no gradient."""
-    return copy.deepcopy(online).requires_grad_(requires_grad=False)
+    Args:
+        online: the networks to follow, one after the other.
+    """
+
+    def __init__(self, *online: nn.Module) -> None:
+        super().__init__(*(copy.deepcopy(network) for network in online))
+        self.requires_grad_(requires_grad=False)
+
+    def follow(self, *online: nn.Module, momentum: float) -> None:
+        """Move towards the networks that were copied; a momentum of 0 copies them anew."""
+        for own, other in zip(self, online, strict=True):
+            follow(own, other, momentum=momentum)
 
 
 @torch.no_grad()

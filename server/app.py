@@ -30,7 +30,7 @@ def main(grid: Grid, context: Context) -> None:
         folder.start(overwrite=config["overwrite"])
     folder.save_config(config)
     if checkpoint is None:
-        checkpoint = Checkpoint(first_state(config), secrets.token_hex(8), 0, fingerprint)
+        checkpoint = Checkpoint(first_state(config, method), secrets.token_hex(8), 0, fingerprint)
     federation = config["federation"]
     plan = Plan(
         checkpoint.run, federation["rounds"], fingerprint, federation["min_sites"], federation["deadline_s"],

@@ -51,6 +51,17 @@ def tiny(hospitals):
     ]
 
 
+@pytest.fixture
+def heard():
+    """What was said during the test."""
+    from fedssl import progress
+
+    events = []
+    stop = progress.listen(events.append)
+    yield events
+    stop()
+
+
 @pytest.fixture(scope="session")
 def brain_mr():
     """The real brain MR set, or a skip that says what is missing."""

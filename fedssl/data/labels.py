@@ -28,7 +28,8 @@ def join_labels(store: ImageStore, table: pa.Table, columns: Sequence[str]) -> t
     if missing:
         raise DataError(
             f"The label table lacks the column {', '.join(missing)}; {known_columns(table, ['file', *columns])}. It "
-            "needs `file` (path below data.root) and the columns named in evaluation.label, .where and .covariates."
+            "needs `file` (path below data.root) and the columns named in evaluation.label, .where and .covariates "
+            "(for training: data.label)."
         )
     files = table[_OWN_NAMES if own else "file"].to_pylist()
     names = files if own else store.names_of([tidy(str(file)) for file in files])

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fedssl.data.batches import ViewBatch
 from fedssl.encoders import feature_width
 from fedssl.methods.base import Loss, Method, full_precision, project, projector, require
-from fedssl.momentum import follow, make_target, rising_momentum
+from fedssl.momentum import SlowCopy, rising_momentum
 
 
 def regression(prediction: Float[Tensor, "batch width"], target: Float[Tensor, "batch width"]) -> Float[Tensor, ""]:
@@ -40,17 +40,17 @@ class BYOL(Method):
             torch.manual_seed(seed + 1)
             self.projector = projector([feature_width(encoder), hidden, width])
             self.predictor = projector([width, hidden, width])
-        self.target = make_target(nn.Sequential(encoder, self.projector))
+        self.target = SlowCopy(encoder, self.projector)
         self.momentum = momentum
 
     def begin_round(self) -> None:
         """Start the slow copy from the shared weights."""
-        follow(self.target, nn.Sequential(self.encoder, self.projector), momentum=0.0)
+        self.target.follow(self.encoder, self.projector, momentum=0.0)
 
     def begin_step(self, progress: float) -> None:
         """Let the slow copy follow the last step."""
         momentum = rising_momentum(self.momentum, progress)
-        follow(self.target, nn.Sequential(self.encoder, self.projector), momentum=momentum)
+        self.target.follow(self.encoder, self.projector, momentum=momentum)
 
     def loss(self, batch: ViewBatch) -> Loss:
         """Predict each of the first two views from the other; the sum of both directions."""

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fedssl.data.batches import ViewBatch
 from fedssl.encoders import feature_width
 from fedssl.methods.base import Loss, Method, full_precision, project, projector, require
-from fedssl.momentum import follow, make_target
+from fedssl.momentum import SlowCopy
 from fedssl.queues import Queue
 
 
@@ -74,19 +74,19 @@ class MoCo(Method):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
             self.projector = projector([feature_width(encoder), hidden, width], norm=False)
-        self.target = make_target(nn.Sequential(encoder, self.projector))
+        self.target = SlowCopy(encoder, self.projector)
         self.queue = Queue(queue_length, width)
         self.temperature = temperature
         self.momentum = momentum
 
     def begin_round(self) -> None:
         """Start the slow copy from the shared weights and empty the queue."""
-        follow(self.target, nn.Sequential(self.encoder, self.projector), momentum=0.0)
+        self.target.follow(self.encoder, self.projector, momentum=0.0)
         self.queue.clear()
 
     def begin_step(self, progress: float) -> None:  # noqa: ARG002 - the momentum does not change
         """Let the slow copy follow before it makes keys."""
-        follow(self.target, nn.Sequential(self.encoder, self.projector), momentum=self.momentum)
+        self.target.follow(self.encoder, self.projector, momentum=self.momentum)
 
     def loss(self, batch: ViewBatch) -> Loss:
         """Match the first view (query) with the second (key); then queue the keys."""

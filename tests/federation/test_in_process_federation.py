@@ -33,15 +33,6 @@ def _interrupt_in_round(number):
     return interrupt
 
 
-@pytest.fixture
-def notes():
-    """What was said during the test."""
-    heard = []
-    stop = progress.listen(heard.append)
-    yield heard
-    stop()
-
-
 def test_a_federation_trains_and_leaves_everything_that_a_run_folder_promises(tiny, tmp_path):
     simulate([*tiny, f"run_dir={tmp_path / 'run'}"])
     folder = RunFolder(tmp_path / "run")
@@ -138,21 +129,21 @@ def test_the_single_site_arm_holds_images_of_one_site_only(tiny, hospitals, tmp_
     assert participants(alone, open_images(alone)) == {"EAST": ["EAST"]}
 
 
-def test_a_collapsed_run_says_so_loudly(tiny, tmp_path, notes):
+def test_a_collapsed_run_says_so_loudly(tiny, tmp_path, heard):
     settings = ["federation.rounds=4", "method.clustering_temperature=100", "optim.lr=1e-9"]
     simulate([*tiny, *settings, f"run_dir={tmp_path / 'run'}"])
-    alarms = [event.text for event in notes if isinstance(event, progress.Note) and event.alarm]
+    alarms = [event.text for event in heard if isinstance(event, progress.Note) and event.alarm]
     assert any("COLLAPSE at site EAST, round 4" in text and "ln K" in text for text in alarms)
     assert read_jsonl(tmp_path / "run" / "round_metrics.jsonl")[-1]["ssl/collapse"]["EAST"]
 
 
-def test_a_federation_with_remedies_logs_them_and_resumes_to_the_same_bits(tiny, tmp_path, notes):
+def test_a_federation_with_remedies_logs_them_and_resumes_to_the_same_bits(tiny, tmp_path, heard):
     settings = [*tiny, "federation.rounds=6", "heads.num_prototypes=24", "collapse.reseed=true", "collapse.contrast=2"]
     simulate([*settings, f"run_dir={tmp_path / 'whole'}"])
     rows = read_jsonl(RunFolder(tmp_path / "whole").round_metrics)
     assert [row["ssl/reseeded"] for row in rows][:3] == [0, 0, 0]
     assert sum(row["ssl/reseeded"] for row in rows) > 0
-    assert any("start again beside busy ones" in str(note) for note in notes)
+    assert any("start again beside busy ones" in str(note) for note in heard)
     assert _final(tmp_path / "whole").contrast == rows[-1]["ssl/contrast"]
     stop = progress.listen(_interrupt_in_round(5))
     with pytest.raises(KeyboardInterrupt):

@@ -14,16 +14,6 @@ from server.exchange import Plan
 from server.rounds import RoundResult, run_rounds
 from simulations.grid import InProcessGrid
 
-
-@pytest.fixture
-def notes():
-    """What was said during the test."""
-    heard = []
-    stop = progress.listen(heard.append)
-    yield heard
-    stop()
-
-
 _START = {"w": torch.zeros(3), "prototypes": torch.eye(2)}
 
 
@@ -107,11 +97,11 @@ _BROKEN = {
 
 
 @pytest.mark.parametrize("answer", _BROKEN.values(), ids=_BROKEN.keys())
-def test_a_broken_answer_is_refused_named_and_the_round_goes_on_with_the_rest(answer, notes):
+def test_a_broken_answer_is_refused_named_and_the_round_goes_on_with_the_rest(answer, heard):
     result = _run({"evil": answer, "good-1": _honest("good-1", 2), "good-2": _honest("good-2", 4)})
     assert result.state["w"].tolist() == [3.0, 3.0, 3.0]
     assert set(result.failed) == {"evil"}
-    said = [event.text for event in notes if isinstance(event, progress.Note) and event.alarm]
+    said = [event.text for event in heard if isinstance(event, progress.Note) and event.alarm]
     assert any("Site evil" in text for text in said)
     assert not any("MEYER" in text or "/data" in text for text in said)
 

@@ -6,8 +6,6 @@ import threading
 import pytest
 from misbehaving_pacs import Pacs
 
-from fedssl import progress
-
 
 @pytest.fixture
 def copied(hospitals, tmp_path):
@@ -24,14 +22,6 @@ def pacs():
         thread.start()
         yield server
         server.shutdown()
-
-
-@pytest.fixture
-def heard():
-    events = []
-    stop = progress.listen(events.append)
-    yield events
-    stop()
 
 
 @pytest.fixture(autouse=True)

@@ -49,7 +49,7 @@ def test_a_federation_starts_from_the_encoder_of_another_runs_checkpoint(tmp_pat
     other = build_method(load([*settings, "seed=5", "method=simclr"]))
     save_checkpoint(tmp_path / "last.safetensors", Checkpoint(shared_state(other), "ab" * 8, 3, "f", images_seen=9))
     config = load([*settings, f"encoder.weights={tmp_path / 'last.safetensors'}"])
-    state = first_state(config)
+    state = first_state(config, build_method(config))
     for name, value in shared_state(other).items():
         assert torch.equal(state[name], value) or not name.startswith("encoder.")
     assert not torch.equal(state["projector.0.weight"], shared_state(other)["projector.0.weight"])
