@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedssl import wire
@@ -24,6 +24,12 @@ def roll_call(message: Message, context: Context) -> Message:
     return _answer(message, context)
 
 
+@app.query("marginals")
+def column_sums(message: Message, context: Context) -> Message:
+    """Answer one iteration of federated Sinkhorn."""
+    return _answer(message, context)
+
+
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train one round."""
@@ -35,7 +41,7 @@ def _answer(message: Message, context: Context) -> Message:
     try:
         agent, expected = _agent(str(context.run_config.get("overrides", "")), _frozen(context.node_config))
         site = agent.site
-        content = _work(agent, expected, message.content)
+        content = _work(agent, expected, message)
     except FedsslError as error:
         content = wire.write_refusal(wire.Refusal(site, str(error)))
     except Exception as error:  # noqa: BLE001 - the text of an unforeseen error may hold a path: it stays in the site's own log
@@ -45,12 +51,16 @@ def _answer(message: Message, context: Context) -> Message:
     return Message(content, reply_to=message)
 
 
-def _work(agent: SiteAgent, expected: str, content: RecordDict) -> RecordDict:
-    order, state = wire.read_order(content, expected)
+def _work(agent: SiteAgent, expected: str, message: Message) -> RecordDict:
+    request = wire.read_order(message.content, expected)
+    order = request.order
+    if message.metadata.message_type == MessageType.TRAIN:
+        update = agent.train(order, request.state, **request.guide)
+        return wire.write_update(update, order.precision, request.state)
     if order.number == 0:
         agent.check()
         return wire.write_presence(agent.site, {"images": len(agent.images)})
-    return wire.write_update(agent.train(order.run, order.number, order.rounds, state, contrast=order.contrast))
+    return wire.write_column_sums(agent.site, agent.column_sums(order, request.state, request.guide.get("potentials")))
 
 
 @functools.lru_cache(maxsize=32)

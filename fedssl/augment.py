@@ -133,7 +133,8 @@ class Views:
         nothing = torch.full((len(images),), OTHER, device=images.values.device)
         modality = torch.stack([nothing if source.modality is None else source.modality for source in sources])
         label = torch.full_like(nothing, UNLABELLED) if images.label is None else images.label
-        return ViewBatch(views, modality, label)
+        known = [source.patient for source in sources if source.patient is not None]
+        return ViewBatch(views, modality, label, torch.stack(known) if len(known) == len(sources) else None)
 
     def _view(
         self, images: ImageBatch, generator: Generator, crops: Crops

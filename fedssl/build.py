@@ -1,8 +1,6 @@
 """From a configuration to objects: the only place where settings become arguments."""
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,24 +8,17 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fedssl import progress
-from fedssl.aggregation.mean import WeightedMean
+from fedssl.aggregation.base import Aggregator
 from fedssl.augment import Views
-from fedssl.config import REMOTE, Config, instantiate_node
-from fedssl.data.cache import ImageStore, Subset, select
-from fedssl.data.indexing.ingest import Decoding
-from fedssl.data.pseudonym import site_secret
-from fedssl.data.splits import test_mask
-from fedssl.data.store import Source, Store
-from fedssl.errors import ConfigError, DataError
+from fedssl.config import Config, instantiate_node
+from fedssl.errors import ConfigError
+from fedssl.local.base import LocalRule
 from fedssl.methods.base import Method
 from fedssl.optim import Schedule
 from fedssl.start_weights import load_start_weights
-from fedssl.storage import cache_folder
 from fedssl.training import pick_device
 from fedssl.update import shared_state
 
-POOLED_SITE = "pooled"
 _TINY = 16  # pixels on a side: 1 x 1 before the last stage of a residual network
 
 
@@ -55,6 +46,13 @@ def check_settings(config: Config) -> Method:
         raise ConfigError("collapse.contrast needs method=contrastive_clustering: other losses have no such term.")
     if config["collapse"]["reseed"] and not method.num_prototypes:
         raise ConfigError("collapse.reseed needs a method with prototypes: contrastive_clustering or swav.")
+    if config["federation"]["equipartition"] != "local" and not (method.num_prototypes and method.equipartitions):
+        raise ConfigError(
+            "federation.equipartition needs prototypes and one equipartition of all images: "
+            "method=contrastive_clustering or swav with method.modalities=pooled."
+        )
+    build_aggregator(config)
+    build_local_rule(config)
     return method
 
 
@@ -103,9 +101,14 @@ def image_edge(config: Config) -> int:
     return build_views(config).edge
 
 
-def build_aggregator(config: Config) -> WeightedMean:
+def build_aggregator(config: Config) -> Aggregator:
     """Build the rule that combines the sites' states."""
     return instantiate_node(config["aggregation"])
+
+
+def build_local_rule(config: Config) -> LocalRule:
+    """Build what a site does against drift."""
+    return instantiate_node(config["local"])
 
 
 def optimizer_maker(config: Config) -> Callable[[Method], Optimizer]:
@@ -116,92 +119,3 @@ def optimizer_maker(config: Config) -> Callable[[Method], Optimizer]:
 
 def _make_optimizer(node: Mapping[str, Any], method: Method) -> Optimizer:
     return instantiate_node({**node, "_partial_": True})(method)
-
-
-def store_folder(config: Config, root: Path) -> Path:
-    """Return where index and decoded images of a root live."""
-    return _store_base(config) / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
-
-
-def open_images(config: Config, root: Path | None = None, *, site: str = "", rescan: bool = False) -> ImageStore:
-    """Open the images of a root (default: data.root), indexing and decoding them on first use."""
-    store = image_store(config, root, site=site, rescan=rescan)
-    return store.open(channels=config["encoder"]["in_chans"], rescan=rescan)
-
-
-def image_store(config: Config, root: Path | None = None, *, site: str = "", rescan: bool = False) -> Store:
-    """Describe the store of a root (default: data.root); a PACS is first mirrored to the site's own disk."""
-    data = config["data"]
-    root = root or root_of(config, data["root"], site=site, refresh=rescan)
-    decoding = Decoding(
-        data["edge"], data["burned_in"], data["workers"], data["worker_memory_gb"], data["decode_timeout_s"]
-    )
-    return Store(store_folder(config, root), Source(root, site, data["patient_from"]), decoding, data["budget_gb"])
-
-
-def root_of(config: Config, address: str, *, site: str = "", refresh: bool = False) -> Path:
-    """Return the folder of the images; a PACS is mirrored to the site's own disk.
-
-    The mirror is ``<patient>/...`` where the site is named, else ``pacs/<patient>/...``.
-
-    Args:
-        config: data.filters chooses what is pulled.
-        address: a path, or ``dicomweb+https://HOST/PATH``.
-        site: name of the one site that owns it, or empty.
-        refresh: ask the PACS again though there is a mirror.
-
-    Raises:
-        ConfigError: the address or a filter is unusable.
-        DataError: the PACS cannot be used, or nothing matches.
-    """
-    if not address.startswith(REMOTE):
-        return Path(address)
-    from fedssl.data.dicomweb import pull
-
-    filters = {str(key): str(value) for key, value in (config["data"]["filters"] or {}).items()}
-    key = hashlib.sha256(json.dumps([address, sorted(filters.items())]).encode()).hexdigest()[:12]
-    root = _store_base(config) / f"pacs-{key}"
-    mirror = root / "images" / "pacs"
-    if refresh or not mirror.exists():
-        pulled = pull(address, mirror, site_secret(root), filters=filters)
-        text = f"PACS: {pulled.instances} images match, {pulled.new} new, {pulled.present} were here."
-        failures = "; ".join(f"{count} x {reason}" for reason, count in pulled.failed.items())
-        progress.publish(progress.Note(text + (f" Not pulled: {failures}" if failures else "")))
-    return mirror if site else mirror.parent
-
-
-def _store_base(config: Config) -> Path:
-    return Path(config["data"]["store"]) if config["data"]["store"] else cache_folder()
-
-
-def participants(config: Config, store: ImageStore) -> dict[str, list[str]]:
-    """Map each simulated site to the sites of the index whose images it holds.
-
-    Raises:
-        DataError: a site of data.sites has no images, or none is left.
-    """
-    known = sorted(set(store.column("site").tolist()))
-    unseen = config["data"]["unseen_sites"]
-    chosen = config["data"]["sites"] or [site for site in known if site not in unseen]
-    missing = [site for site in [*chosen, *unseen] if site not in known]
-    if missing or not chosen:
-        raise DataError(
-            f"No image belongs to site {', '.join(missing) or '(none)'}; the index holds {', '.join(known)}. "
-            "Check data.sites and data.unseen_sites."
-        )
-    return {POOLED_SITE: list(chosen)} if config["simulation"]["pool"] else {site: [site] for site in chosen}
-
-
-def training_images(config: Config, store: ImageStore, members: Sequence[str] | None) -> Subset:
-    """Choose the images of the training patients of some sites (None: of all)."""
-    data = config["data"]
-    held_out = test_mask(store, test_fraction=data["test_fraction"], unseen_sites=data["unseen_sites"])
-    here = [members is None or site in members for site in store.column("site").tolist()]
-    return select(store, ~held_out & here)
-
-
-def training_digest(config: Config, store: ImageStore) -> str:
-    """Hash which images train: a run is evaluated and resumed only with the split that it was trained with."""
-    members = [site for names in participants(config, store).values() for site in names]
-    digests = sorted(training_images(config, store, members).column("digest").tolist())
-    return hashlib.sha256(b"".join(digests)).hexdigest()

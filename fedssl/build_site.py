@@ -7,22 +7,15 @@ from typing import Any
 import numpy as np
 
 from fedssl import progress
-from fedssl.build import (
-    build_method,
-    build_views,
-    open_images,
-    optimizer_maker,
-    participants,
-    root_of,
-    store_folder,
-    training_images,
-)
+from fedssl.build import build_local_rule, build_method, build_views, optimizer_maker
+from fedssl.build_images import open_images, root_of, simulated_sites, store_folder, training_images
 from fedssl.config import Config
 from fedssl.data.cache import ImageStore, Subset
 from fedssl.data.labels import labels_of_images
 from fedssl.errors import ConfigError
 from fedssl.optim import Schedule
 from fedssl.site.agent import LocalWork, SiteAgent
+from fedssl.site.memory import SiteMemory
 
 _FEWEST_PATIENTS = 3
 
@@ -32,8 +25,9 @@ def build_agent(config: Config, node_config: Mapping[str, Any]) -> SiteAgent:
 
     Args:
         config: the configuration.
-        node_config: ``site``, ``data-dir``, ``labels``, ``label``, ``burned-in`` and ``patient-from`` where a hospital
-            runs it; ``partition-id`` in a simulation.
+        node_config: ``site``, ``data-dir``, ``labels``, ``label``, ``burned-in``, ``patient-from``, ``start`` (a
+            checkpoint of its own pretraining) and ``prototype-patients`` (at least) where a hospital runs it;
+            ``partition-id`` in a simulation.
 
     Raises:
         ConfigError: the node is none of the sites.
@@ -41,29 +35,31 @@ def build_agent(config: Config, node_config: Mapping[str, Any]) -> SiteAgent:
     """
     if "data-dir" in node_config:
         config = _with_own_settings(config, node_config)
-        site, members = str(node_config.get("site", "site")), None
+        site = str(node_config.get("site", "site"))
         root = root_of(config, str(node_config["data-dir"]), site=site)
         store = open_images(config, root, site=site)
+        images = training_images(config, store, None)
     else:
         root = root_of(config, config["data"]["root"])
         store = open_images(config, root)
-        sites = participants(config, store)
+        sites = simulated_sites(config, store)
         number = int(node_config.get("partition-id", -1))
         nodes = int(node_config.get("num-partitions", len(sites)))
         if not 0 <= number < len(sites) or nodes != len(sites):
             raise ConfigError(f"is node {number} of {nodes} where the data has {len(sites)} sites; start a node a site")
-        site = list(sites)[number]
-        members = sites[site]
+        site, images = list(sites.items())[number]
     training = config["training"]
+    patients = max(config["federation"]["prototype_patients"], int(node_config.get("prototype-patients", 0)))
     work = LocalWork(
-        training["batch_size"], training["local_epochs"], config["seed"],
-        Schedule(config["optim"]["schedule"], config["optim"]["warmup"]), config["pairing"], training["precision"],
-        training["threads"],
+        training["batch_size"], training["local_epochs"], training["local_steps"], training["local_seconds"],
+        config["seed"], Schedule(config["optim"]["schedule"], config["optim"]["warmup"]), config["pairing"],
+        training["precision"], training["threads"], build_local_rule(config), patients,
     )  # fmt: skip
-    images, method = training_images(config, store, members), build_method(config)
+    own_start = Path(str(node_config["start"])) if "start" in node_config else None
+    method = build_method(config)
     return SiteAgent(
-        site, images, store_folder(config, root) / "state", method, optimizer_maker(config), build_views(config), work,
-        _training_labels(config, store, images, method.classes),
+        site, images, SiteMemory(store_folder(config, root) / "state", site), method, optimizer_maker(config),
+        build_views(config), work, _training_labels(config, store, images, method.classes), own_start=own_start,
     )  # fmt: skip
 
 

@@ -27,6 +27,12 @@ class Checkpoint:
         images_seen: images that all sites trained on so far.
         sites: names of the sites of the last round.
         contrast: factor of the contrastive term in the next round.
+        memory: what the aggregator remembers, such as the moments of a server optimiser.
+        mass: [prototypes] soft number of images of each prototype, by site, from its last round.
+        answered: the last round in which each site answered well.
+        usual_change: median change of the sites' weights in the last round, in norms of the weights.
+        best_round: the round of ``best_loss``; 0: none.
+        stopped: the run ended early and shall not go on.
     """
 
     state: Mapping[str, Tensor]
@@ -37,6 +43,15 @@ class Checkpoint:
     images_seen: int = 0
     sites: list[str] = field(default_factory=list)
     contrast: float = 1.0
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    mass: Mapping[str, Tensor] = field(default_factory=dict)
+    answered: Mapping[str, int] = field(default_factory=dict)
+    usual_change: float | None = None
+    best_round: int = 0
+    stopped: bool = False
+
+
+_ROOMS = ("memory", "mass")  # of tensors beside the state; no parameter has a slash in its name
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -45,9 +60,12 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     Raises:
         StorageError: the disk is full.
     """
-    facts = asdict(replace(checkpoint, state={}))
-    del facts["state"]
-    save_tensors(path, checkpoint.state, facts, "the checkpoint")
+    facts = asdict(replace(checkpoint, state={}, memory={}, mass={}))
+    tensors = dict(checkpoint.state)
+    for room in _ROOMS:
+        tensors |= {f"{room}/{name}": value for name, value in getattr(checkpoint, room).items()}
+    kept = {name: value for name, value in facts.items() if name not in {"state", *_ROOMS}}
+    save_tensors(path, tensors, kept, "the checkpoint")
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -56,10 +74,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         DataError: it is missing or damaged.
     """
-    state, facts = load_tensors(path)
+    tensors, facts = load_tensors(path)
     if "fingerprint" not in facts:
         raise DataError(f"{path.name} is no fedssl checkpoint. Give a run folder or one of its checkpoints.")
-    return Checkpoint(state=state, **facts)
+    rooms = {
+        room: {name.removeprefix(f"{room}/"): value for name, value in tensors.items() if name.startswith(f"{room}/")}
+        for room in _ROOMS
+    }
+    state = {name: value for name, value in tensors.items() if "/" not in name}
+    return Checkpoint(state=state, memory=rooms["memory"], mass=rooms["mass"], **facts)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], what: str) -> None:

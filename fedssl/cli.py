@@ -93,7 +93,7 @@ def index(
     fedssl index dicomweb+https://pacs.hospital/dicom-web 'data.filters={Modality: CT}'
     """
     with _explained():
-        from fedssl.build import image_store
+        from fedssl.build_images import image_store
         from fedssl.config import load
         from fedssl.data.contact_sheet import write_contact_sheet
 
@@ -128,7 +128,7 @@ def simulate(overrides: Overrides = None) -> None:
 
 def _simulate(overrides: list[str]) -> None:
     """Train the arms, evaluate where there are labels, write the report."""
-    from fedssl.build import open_images
+    from fedssl.build_images import open_images
     from fedssl.config import load
     from fedssl.label_efficiency import evaluate_run, labels_fit
     from simulations.run import simulate as run

@@ -66,7 +66,11 @@ class Equipartition:
         return count
 
     def __call__(
-        self, scores: Sequence[Scores], modality: Int[Tensor, "2 batch"], memory: Sequence[Memory] = ()
+        self,
+        scores: Sequence[Scores],
+        modality: Int[Tensor, "2 batch"],
+        memory: Sequence[Memory] = (),
+        marginal: Float[Tensor, " prototypes"] | None = None,
     ) -> tuple[list[Scores], list[Bool[Tensor, "batch prototypes"]] | None]:
         """Assign one batch.
 
@@ -74,13 +78,14 @@ class Equipartition:
             scores: cosine of the projection of both assigning views to each prototype.
             modality: group of the image behind each of them, a position in ``MODALITIES``.
             memory: one for each assigning view, or none.
+            marginal: share of the samples that each prototype shall hold (``pooled`` only); None: equal shares.
 
         Returns:
             The codes of each assigning view, without gradient, and the prototypes that its images may belong to (None:
             all).
         """
         codes = [
-            self.codes(view, groups, memory[place] if memory else None)
+            self.codes(view, groups, memory[place] if memory else None, marginal)
             for place, (view, groups) in enumerate(zip(scores, modality, strict=True))
         ]
         allowed = [self.allowed(groups, scores[0].shape[1]) for groups in modality]
@@ -97,7 +102,13 @@ class Equipartition:
         return block_of[modality][:, None] == owner[None]
 
     @torch.no_grad()
-    def codes(self, scores: Scores, modality: Int[Tensor, " batch"], memory: Memory | None = None) -> Scores:
+    def codes(
+        self,
+        scores: Scores,
+        modality: Int[Tensor, " batch"],
+        memory: Memory | None = None,
+        marginal: Float[Tensor, " prototypes"] | None = None,
+    ) -> Scores:
         """Assign one view: rows sum to one, or to zero where an image may belong to no prototype or is alone.
 
         The only image of its modality in the batch would get a uniform code, which teaches that it is like nothing.
@@ -106,7 +117,8 @@ class Equipartition:
         if memory is not None:
             every, groups = torch.cat([scores, memory.scores]), torch.cat([modality, memory.modality])
         if self.modalities == POOLED:
-            return sinkhorn(every, epsilon=self.epsilon, iterations=self.iterations)[: len(scores)]
+            codes = sinkhorn(every, epsilon=self.epsilon, iterations=self.iterations, marginal=marginal)
+            return codes[: len(scores)]
         allowed = self.allowed(groups, scores.shape[1])
         codes = torch.zeros_like(every, dtype=torch.promote_types(every.dtype, torch.float32))
         for group in groups.unique():
@@ -120,14 +132,14 @@ class Equipartition:
 
 
 @torch.no_grad()
-def modality_information(counts: Float[Tensor, "modalities prototypes"]) -> float | None:
-    """Normalised mutual information of cluster and modality: I / min(H(cluster), H(modality)).
+def cluster_information(counts: Float[Tensor, "groups prototypes"]) -> float | None:
+    """Normalised mutual information of cluster and group (modality, site): I / min(H(cluster), H(group)).
 
-    0: clusters say nothing of the modality; 1: a cluster tells the modality. None where fewer than two modalities or
-    clusters have samples: there is nothing to tell.
+    0: clusters say nothing of the group; 1: a cluster tells the group. None where fewer than two groups or clusters
+    have samples: there is nothing to tell.
 
     Args:
-        counts: samples of each modality nearest to each prototype.
+        counts: samples of each group nearest to each prototype.
     """
     joint = counts.double() / counts.double().sum().clamp_min(1e-12)
     margins = joint.sum(0), joint.sum(1)

@@ -15,6 +15,7 @@ from fedssl import __version__
 from fedssl.errors import ConfigError
 from fedssl.overrides import CONFIG_FOLDER as CONFIG_FOLDER
 from fedssl.overrides import is_choice, keys_of, ready, refuse_missing, refuse_unknown
+from fedssl.values import check_values
 
 Config = dict[str, Any]
 REMOTE = "dicomweb+"  # the start of a root that is a PACS and no folder
@@ -22,13 +23,12 @@ ALLOWED_TARGETS = ("fedssl.", "torch.optim.")
 _PATHS = (  # made absolute: runs are read from anywhere
     ("data", "root"), ("data", "store"), ("data", "labels"), ("evaluation", "labels"), ("encoder", "weights"),
 )  # fmt: skip
-_SHARED_SECTIONS = ("seed", "encoder", "method", "augment", "optim", "aggregation", "pairing", "collapse")
-_SECTIONS = (
-    "data", "encoder", "method", "augment", "optim", "aggregation", "heads", "training", "federation", "collapse",
-    "simulation", "evaluation",
-)  # fmt: skip
+_SHARED_SECTIONS = ("seed", "encoder", "method", "augment", "optim", "aggregation", "local", "pairing", "collapse")
 _SHARED_KEYS = (
-    "training.batch_size", "training.local_epochs", "training.precision", "federation.rounds", "simulation.pool",
+    "training.batch_size", "training.local_epochs", "training.local_steps", "training.local_seconds",
+    "training.precision", "federation.rounds", "federation.sites", "federation.participation", "federation.precision",
+    "federation.equipartition", "federation.sinkhorn_iterations", "federation.prototype_patients", "simulation.pool",
+    "simulation.only", "simulation.partition", "simulation.sites", "simulation.alpha", "simulation.scanner_shift",
     "data.edge", "data.sites", "data.unseen_sites", "data.test_fraction", "data.label",
 )  # fmt: skip
 
@@ -63,9 +63,14 @@ def load(overrides: Sequence[str]) -> Config:
         raise ConfigError(f"The configuration cannot be composed: {str(error).strip().splitlines()[0]}") from error
     assert isinstance(config, dict)
     plain: Config = {str(key): value for key, value in config.items()}
-    for key in ("sites", "unseen_sites"):  # a site may be called 3
-        plain["data"][key] = plain["data"][key] and [str(site) for site in plain["data"][key]]
-    _check(plain)
+    for section, key in (
+        ("data", "sites"),
+        ("data", "unseen_sites"),
+        ("federation", "sites"),
+    ):  # a site may be called 3
+        names = plain[section][key]
+        plain[section][key] = [str(site) for site in names] if isinstance(names, list) else names
+    check_values(plain)
     for section, key in _PATHS:
         if plain[section][key] and not plain[section][key].startswith(REMOTE):
             plain[section][key] = str(Path(plain[section][key]).absolute())
@@ -90,59 +95,6 @@ def overrides_of(text: str) -> list[str]:
 def as_text(overrides: Sequence[str]) -> str:
     """Join overrides to the one string that ``overrides_of`` takes apart."""
     return shlex.join(overrides)
-
-
-def _check(config: Config) -> None:
-    """Report every impossible value at once."""
-    empty = [name for name in _SECTIONS if not isinstance(config[name], dict)]
-    if empty:
-        raise ConfigError(f"{', '.join(empty)} must be a group of settings, not a value. See configs/config.yaml.")
-    training, federation, evaluation = config["training"], config["federation"], config["evaluation"]
-    data = config["data"]
-    rules = [
-        (_whole(training["batch_size"], 2), "training.batch_size must be a whole number of at least 2"),
-        (_positive(training["local_epochs"]), "training.local_epochs must be above 0"),
-        (training["precision"] in {"auto", "bf16", "float32"}, "training.precision must be auto, bf16 or float32"),
-        (_whole(training["threads"], 1), "training.threads must be a whole number of at least 1"),
-        (_whole(federation["rounds"], 1), "federation.rounds must be a whole number of at least 1"),
-        (_whole(federation["min_sites"], 1), "federation.min_sites must be a whole number of at least 1"),
-        (_positive(federation["deadline_s"]), "federation.deadline_s must be above 0"),
-        (_share(data["test_fraction"]), "data.test_fraction must be at least 0 and below 1"),
-        (_whole(data["edge"], 8), "data.edge must be a whole number of at least 8"),
-        (data["burned_in"] in {"refuse", "mask", "allow"}, "data.burned_in must be refuse, mask or allow"),
-        (_whole(data["workers"], 0), "data.workers must be a whole number, 0 for all cores"),
-        (_positive(data["worker_memory_gb"]), "data.worker_memory_gb must be above 0"),
-        (_positive(data["decode_timeout_s"]), "data.decode_timeout_s must be above 0"),
-        (data["budget_gb"] is None or _positive(data["budget_gb"]), "data.budget_gb must be null or above 0"),
-        (data["patient_from"] in {"auto", "file"}, "data.patient_from must be auto or file"),
-        (data["filters"] is None or isinstance(data["filters"], dict), "data.filters must be {KEYWORD: value, ...}"),
-        (_whole(evaluation["seeds"], 1), "evaluation.seeds must be a whole number of at least 1"),
-        (_whole(evaluation["bootstrap"], 10), "evaluation.bootstrap must be a whole number of at least 10"),
-        (_share(config["optim"]["warmup"], top=True), "optim.warmup must lie between 0 and 1"),
-        (str(config["pairing"]) in {"image", "patient", "series"}, "pairing must be image, patient or series"),
-        (isinstance(config["collapse"]["contrast"], int | float) and config["collapse"]["contrast"] >= 1,
-         "collapse.contrast must be at least 1"),
-        (set(config["simulation"]["arms"]) <= {"federated", "single_site", "pooled"},
-         "simulation.arms may hold federated, single_site, pooled"),
-        (isinstance(evaluation["fractions"], list) and all(_positive(f) and f <= 1 for f in evaluation["fractions"]),
-         "evaluation.fractions must lie above 0 and up to 1"),
-        (not (config["resume"] and config["overwrite"]), "resume=true and overwrite=true exclude each other"),
-    ]  # fmt: skip
-    problems = [sentence for holds, sentence in rules if not holds]
-    if problems:
-        raise ConfigError(f"{'; '.join(problems)}.")
-
-
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _share(value: object, *, top: bool = False) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and (0 <= value < 1 or (top and value == 1))
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def fingerprint(config: Config) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from fedssl import progress
-from fedssl.build import build_method, image_edge, open_images, participants, training_digest
+from fedssl.build import build_method, image_edge
+from fedssl.build_images import chosen_sites, open_images, training_digest
 from fedssl.checkpoint import Checkpoint, load_checkpoint
 from fedssl.config import Config
 from fedssl.data.cache import ImageStore
@@ -115,7 +116,7 @@ def _task(config: Config, store: ImageStore, labels: Path | None) -> Task:
     data, evaluation = config["data"], config["evaluation"]
     table = labels or (Path(evaluation["labels"]) if evaluation["labels"] else None)
     held_out = test_mask(store, test_fraction=data["test_fraction"], unseen_sites=data["unseen_sites"])
-    sites = [site for members in participants(config, store).values() for site in members]
+    sites = chosen_sites(config, store)
     return make_task(
         store, label_table(store, table, evaluation["label"]), label=evaluation["label"], where=evaluation["where"],
         covariates=evaluation["covariates"], held_out=held_out, sites=sites, unseen_sites=data["unseen_sites"],

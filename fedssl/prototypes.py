@@ -1,6 +1,7 @@
 """Prototypes, Sinkhorn-Knopp codes and swapped prediction (SwAV, Caron et al. 2020, section 3; Cuturi 2013)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,7 +14,11 @@ _BARRED = -1e4  # finite, so that a code of 0 times its logarithm is 0
 
 @torch.no_grad()
 def sinkhorn(
-    scores: Float[Tensor, "batch prototypes"], *, epsilon: float, iterations: int
+    scores: Float[Tensor, "batch prototypes"],
+    *,
+    epsilon: float,
+    iterations: int,
+    marginal: Float[Tensor, " prototypes"] | None = None,
 ) -> Float[Tensor, "batch prototypes"]:
     """Soft codes Q whose rows sum to one and whose columns tend to batch / prototypes (equipartition).
 
@@ -23,10 +28,13 @@ def sinkhorn(
         scores: similarity of each sample to each prototype.
         epsilon: entropy of the transport plan; smaller is harder.
         iterations: three do not equipartition, a hundred do.
+        marginal: share of the samples that each column shall hold, above 0; None: 1 / prototypes each.
     """
     log_q = (scores if scores.dtype == torch.float64 else scores.float()) / epsilon
+    # A factor common to all columns drops out with the rows, so equal shares are exactly the plain form.
+    wanted = 0.0 if marginal is None else (marginal.log() - marginal.log().max()).to(log_q.dtype)
     for _ in range(iterations):
-        log_q = log_q - log_q.logsumexp(0, keepdim=True)
+        log_q = log_q - log_q.logsumexp(0, keepdim=True) + wanted
         log_q = log_q - log_q.logsumexp(1, keepdim=True)
     return log_q.exp()
 
@@ -85,23 +93,62 @@ def assignment_mass(
 
 
 @torch.no_grad()
-def nearest_counts(
+def nearest(
     scores: Sequence[Float[Tensor, "batch prototypes"]],
-    groups: Int[Tensor, "views batch"],
     *,
-    num_groups: int,
     allowed: Sequence[Bool[Tensor, "batch prototypes"]] | None = None,
+) -> Int[Tensor, "views batch"]:
+    """Number of the prototype nearest to each sample, view by view; -1 where it may belong to none (``allowed``)."""
+    if allowed is None:
+        return torch.stack([view.argmax(1) for view in scores])
+    found = [bar(view, mask).argmax(1).where(mask.any(1), -1) for view, mask in zip(scores, allowed, strict=True)]
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def counts_by_group(
+    numbers: Int[Tensor, "views batch"], groups: Int[Tensor, "views batch"], *, num_groups: int, num_prototypes: int
 ) -> Float[Tensor, "groups prototypes"]:
     """Count, for each group of samples, those nearest to each prototype; the mean over the views.
 
-    A sample that may belong to no prototype (``allowed``, as above) is not counted.
+    Args:
+        numbers: as ``nearest`` gives them; -1 is not counted.
+        groups: of each sample.
+        num_groups: rows of the table.
+        num_prototypes: columns of the table.
     """
-    prototypes, counts = scores[0].shape[1], []
-    for place, (view, group) in enumerate(zip(scores, groups, strict=True)):
-        mask = torch.ones_like(view, dtype=torch.bool) if allowed is None else allowed[place]
-        cell = group * prototypes + bar(view, mask).argmax(1)
-        counts.append(torch.bincount(cell[mask.any(1)], minlength=num_groups * prototypes))
-    return torch.stack(counts).float().mean(0).reshape(num_groups, prototypes)
+    cells = (groups * num_prototypes + numbers)[numbers >= 0]
+    counts = torch.bincount(cells, minlength=num_groups * num_prototypes).float()
+    return (counts / len(numbers)).reshape(num_groups, num_prototypes)
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """What a batch says of the clusters, beside the loss.
+
+    Attributes:
+        mass: soft number of samples assigned to each prototype.
+        nearest: prototype nearest to each sample of both assigning views, -1: none.
+        code_entropy: mean entropy of the codes, in nats; 0: each sample has one prototype, ln K: codes carry nothing.
+    """
+
+    mass: Float[Tensor, " prototypes"]
+    nearest: Int[Tensor, "views batch"]
+    code_entropy: Float[Tensor, ""]
+
+
+@torch.no_grad()
+def observe(
+    scores: Sequence[Float[Tensor, "batch prototypes"]],
+    codes: Sequence[Float[Tensor, "batch prototypes"]],
+    *,
+    temperature: float,
+    allowed: Sequence[Bool[Tensor, "batch prototypes"]] | None = None,
+) -> Clusters:
+    """Take the figures of one batch from the scores and codes of its assigning views."""
+    entropy = -torch.stack([torch.special.xlogy(code, code).sum(1).mean() for code in codes]).mean()
+    mass = assignment_mass(scores, temperature=temperature, allowed=allowed)
+    return Clusters(mass, nearest(scores, allowed=allowed), entropy)
 
 
 @torch.no_grad()

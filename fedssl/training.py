@@ -2,27 +2,29 @@
 
 import hashlib
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.optim import Optimizer
 
 from fedssl import progress
 from fedssl.augment import Views, centre_view
-from fedssl.clustering import modality_information
+from fedssl.cluster_sums import ClusterSums
+from fedssl.clustering import cluster_information
 from fedssl.collapse import rank_me
-from fedssl.data.batches import Batches, ImageBatch, image_batch
+from fedssl.data.batches import Batches, image_batch
+from fedssl.data.cache import Subset
 from fedssl.errors import FederationError
+from fedssl.local.base import Correction
 from fedssl.methods.base import Loss, Method
 from fedssl.optim import Schedule, set_rate
+from fedssl.pace import Clock, paced
 from fedssl.prototypes import perplexity
 
 RANKME_SAMPLES = 512
-_NOTICE_EVERY_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -51,42 +53,21 @@ class Round:
 
 @dataclass(frozen=True)
 class Trained:
-    """What local training measured. ``mass`` and ``usage`` are [prototypes] sums over the round, or None."""
+    """What local training measured.
+
+    Attributes:
+        metrics: figures of the round.
+        steps: of the optimiser.
+        mass: soft number of samples of each prototype, or None without prototypes.
+        usage: number of samples nearest to each prototype, likewise.
+        support: number of patients behind each prototype, likewise.
+    """
 
     metrics: dict[str, float]
-    mass: Float[Tensor, " prototypes"] | None
-    usage: Float[Tensor, " prototypes"] | None
-
-
-class _Clock:
-    """Seconds spent waiting for data and seconds since the start."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-        self.waited = 0.0
-        self.noticed = 0.0
-
-    def wait_for(self, batches: Batches) -> Iterator[ImageBatch]:
-        """Give the batches and count the time until each one is there."""
-        stream = iter(batches)
-        while True:
-            before = time.perf_counter()
-            batch = next(stream, None)
-            self.waited += time.perf_counter() - before
-            if batch is None:
-                return
-            yield batch
-
-    @property
-    def elapsed(self) -> float:
-        return max(time.perf_counter() - self.start, 1e-9)
-
-    def due(self) -> bool:
-        """Tell, at most every half second, that it is time for a notice."""
-        if self.elapsed - self.noticed < _NOTICE_EVERY_S:
-            return False
-        self.noticed = self.elapsed
-        return True
+    steps: int
+    mass: Float[Tensor, " prototypes"] | None = None
+    usage: Float[Tensor, " prototypes"] | None = None
+    support: Int[Tensor, " prototypes"] | None = None
 
 
 def train_round(
@@ -97,8 +78,20 @@ def train_round(
     place: Round,
     *,
     autocast: Callable[[], torch.autocast],
+    correction: Correction | None = None,
+    seconds: float | None = None,
 ) -> Trained:
-    """Train ``method`` in place on every batch of the round.
+    """Train ``method`` in place on every batch of the round, or on as many as ``seconds`` allow.
+
+    Args:
+        method: to train.
+        optimizer: of its parameters.
+        batches: of the round.
+        views: makes augmented views.
+        place: where in the federation this round stands.
+        autocast: makes autocast contexts.
+        correction: of the gradients, against drift.
+        seconds: no step begins after these; the first always does. Such a round cannot be repeated bit for bit.
 
     Raises:
         FederationError: the loss is not finite.
@@ -108,35 +101,40 @@ def train_round(
     method.train()
     method.begin_round()
     sums: dict[str, Tensor] = {}
-    clock, steps = _Clock(), len(batches)
+    clock, clusters, step = Clock(), ClusterSums(), 0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(place.derived_seed("dropout"))
-        for step, images in enumerate(clock.wait_for(batches)):
-            done = (place.number - 1 + step / steps) / place.rounds
-            set_rate(optimizer, place.schedule(done))
-            method.begin_step(done)
+        for done, images in paced(batches, clock, seconds):
+            overall = (place.number - 1 + done) / place.rounds
+            set_rate(optimizer, place.schedule(overall))
+            method.begin_step(overall)
             with torch.no_grad():
                 crops = views(images.to(device), generator)
             with autocast():
                 loss = method.loss(crops)
             optimizer.zero_grad(set_to_none=True)
             loss.total.backward()
+            if correction is not None:
+                correction.apply()
             optimizer.step()
             method.after_step()
             _add(sums, loss)
-            if clock.due() or step == steps - 1:
-                _notice(place, step + 1, steps, loss, clock, batches.size)
-    return _measure(method, sums, batches, views, place, clock)
+            if loss.clusters is not None:
+                clusters.add(loss.clusters, crops)
+            step += 1
+            if clock.due():
+                _notice(place, step, clock.expected(step, batches, seconds), loss, clock, batches.size)
+    _notice(place, step, step, loss, clock, batches.size)
+    return _measure(method, sums, clusters, step, batches, views, place, clock)
 
 
 def _add(sums: dict[str, Tensor], loss: Loss) -> None:
     """Add a step's figures to the running sums, without waiting for the device."""
-    for name, value in {"loss": loss.total.detach(), **loss.terms, "mass": loss.mass, "usage": loss.usage}.items():
-        if value is not None:
-            sums[name] = sums[name] + value if name in sums else value
+    for name, value in {"loss": loss.total.detach(), **loss.terms}.items():
+        sums[name] = sums[name] + value if name in sums else value
 
 
-def _notice(place: Round, step: int, steps: int, loss: Loss, clock: _Clock, batch: int) -> None:
+def _notice(place: Round, step: int, steps: int, loss: Loss, clock: Clock, batch: int) -> None:
     value = loss.total.item()
     if not math.isfinite(value):
         raise FederationError(
@@ -158,37 +156,57 @@ def _notice(place: Round, step: int, steps: int, loss: Loss, clock: _Clock, batc
 
 
 def _measure(
-    method: Method, sums: Mapping[str, Tensor], batches: Batches, views: Views, place: Round, clock: _Clock
+    method: Method,
+    sums: Mapping[str, Tensor],
+    clusters: ClusterSums,
+    steps: int,
+    batches: Batches,
+    views: Views,
+    place: Round,
+    clock: Clock,
 ) -> Trained:
-    steps = len(batches)
     seconds, waited = clock.elapsed, clock.waited
-    metrics = {name: float(value) / steps for name, value in sums.items() if name not in {"mass", "usage"}}
-    usage = sums.get("usage")
+    metrics = {name: float(value) / steps for name, value in sums.items()}
     if metrics.keys() - {"loss"} != set(method.terms):  # what leaves a site was decided before
         raise FederationError("gives terms of its loss that the method does not declare; nothing was sent")
-    if usage is not None:
-        metrics["effective_prototypes"] = perplexity(usage.sum(0))
-        told = modality_information(usage)
-        metrics |= {} if told is None else {"modality_nmi": told}
-    metrics["rankme"] = rank_me(_sample_features(method, batches, views.edge, place))
-    metrics["images"] = float(steps * batches.size)
+    features = _sample_features(method, batches.images, views.edge, place, most=RANKME_SAMPLES)
+    metrics["rankme"] = rank_me(torch.cat(features).float().cpu())
+    metrics["steps"], metrics["images"] = float(steps), float(steps * batches.size)
     metrics["seconds"] = seconds
     metrics["images_per_s"] = metrics["images"] / seconds
     metrics["data_wait"] = waited / seconds
-    mass = sums.get("mass")
-    return Trained(metrics, None if mass is None else mass.cpu(), None if usage is None else usage.sum(0).cpu())
+    if clusters.mass is None or clusters.usage is None or clusters.entropy is None:
+        return Trained(metrics, steps)
+    used, told = clusters.usage.sum(0), cluster_information(clusters.usage)
+    metrics["effective_prototypes"] = perplexity(used)
+    metrics["code_entropy"] = float(clusters.entropy) / steps
+    metrics |= {} if told is None else {"modality_nmi": told}
+    return Trained(metrics, steps, clusters.mass.cpu(), used.cpu(), clusters.support())
 
 
 @torch.no_grad()
-def _sample_features(method: Method, batches: Batches, edge: int, place: Round) -> Float[Tensor, "samples width"]:
-    """Features of up to 512 of the site's training images, whole and unaugmented."""
+def _sample_features(
+    method: Method, images: Subset, edge: int, place: Round, *, most: int
+) -> list[Float[Tensor, "_ width"]]:
+    """Features of up to ``most`` of the site's training images, whole and unaugmented, in equal chunks."""
     device = next(method.parameters()).device
-    count = min(RANKME_SAMPLES, len(batches.images))
-    order = torch.randperm(len(batches.images), generator=torch.Generator().manual_seed(place.derived_seed("rankme")))
-    images = image_batch(batches.images.read(order[:count].sort().values.numpy())).shown()
+    count = min(most, len(images))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(place.derived_seed("rankme")))
+    rows = order[:count].sort().values
     method.eval()
-    features = [method.encoder(centre_view(chunk.to(device), edge=edge)) for chunk in images.split(128)]
-    return torch.cat(features).float().cpu()
+    return [
+        method.encoder(centre_view(image_batch(images.read(chunk.numpy())).shown().to(device), edge=edge))
+        for chunk in rows.tensor_split(math.ceil(count / 128))
+    ]
+
+
+def sample_scores(
+    method: Method, images: Subset, edge: int, place: Round, *, most: int
+) -> Float[Tensor, "sample prototypes"]:
+    """Score up to ``most`` of a site's training images against the prototypes, unaugmented, on the CPU in float32."""
+    with torch.no_grad():
+        features = _sample_features(method, images, edge, place, most=most)
+        return torch.cat([method.prototype_scores(chunk).float().cpu() for chunk in features])
 
 
 def autocast_for(device: torch.device, precision: str) -> Callable[[], torch.autocast]:

@@ -12,10 +12,11 @@ from fedssl.errors import UpdateRefused
 from fedssl.methods.base import PROTOTYPES, Method
 
 _MOST = 1e9  # more than any site has: a larger figure is an error or an attack
+_ROUNDING = 1.001
 METRICS = frozenset(
     {
-        "loss", "effective_prototypes", "modality_nmi", "rankme", "images", "seconds", "images_per_s", "data_wait",
-        "optimizer_restarted",
+        "loss", "effective_prototypes", "code_entropy", "released_prototypes", "modality_nmi", "rankme", "images",
+        "steps", "seconds", "images_per_s", "data_wait", "optimizer_restarted",
     }
 )  # fmt: skip
 
@@ -28,18 +29,37 @@ class Update:
         site: its name in the federation.
         state: the shared state after local training.
         examples: images that the site trained on, its weight in averages.
+        steps: optimiser steps that it took.
         mass: [prototypes] soft number of samples assigned to each prototype, or None.
         usage: [prototypes] number of samples nearest to each prototype, or None.
         metrics: figures of the round, by the names in ``METRICS`` and the method's terms: nothing else may leave a site
             or be recorded.
+        independent: the site began with its own pretraining, so that its prototypes have an order of their own.
     """
 
     site: str
     state: Mapping[str, Tensor]
     examples: int
+    steps: int
     mass: Float[Tensor, " prototypes"] | None
     usage: Float[Tensor, " prototypes"] | None
     metrics: Mapping[str, float]
+    independent: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an update must keep to.
+
+    Attributes:
+        terms: names of the terms of the method's loss.
+        change: largest norm of the change of the state, in norms of the state that was sent.
+        examples: most images that the site can have.
+    """
+
+    terms: frozenset[str] = frozenset()
+    change: float = 3.0
+    examples: float = _MOST
 
 
 def shared_state(method: Method) -> dict[str, Tensor]:
@@ -65,31 +85,55 @@ def load_shared_state(method: Method, state: Mapping[str, Tensor]) -> None:
         parameter.copy_(state[name])
 
 
-def check_update(update: Update, reference: Mapping[str, Tensor], terms: Collection[str]) -> None:
+def check_update(update: Update, reference: Mapping[str, Tensor], limits: Limits) -> float:
     """Accept only an update that can be averaged.
 
     Args:
         update: of a site.
         reference: the state that the site was sent.
-        terms: names of the terms of the method's loss.
+        limits: what it must keep to.
+
+    Returns:
+        The norm of the site's change, in norms of the state that was sent.
 
     Raises:
         UpdateRefused: names the site and the first thing that does not fit the reference.
     """
-    for reason in _misfits(update, reference, METRICS | set(terms)):
+    for reason in _misfits(update, reference, limits):
         raise UpdateRefused(update.site, reason)
+    change = change_of(update.state, reference)
+    if not change <= limits.change:
+        raise UpdateRefused(
+            update.site,
+            f"it changed the weights by {change:.3g} times their norm, more than the {limits.change:.3g} that are "
+            "allowed (federation.largest_change)",
+        )
+    return change
 
 
-def _misfits(update: Update, reference: Mapping[str, Tensor], names: Collection[str]) -> Iterator[str]:
+def change_of(state: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
+    """||state - reference|| / ||reference||, over all tensors, in float64; 0 where both are 0."""
+    moved = sum(float((state[name].double() - value.double()).square().sum()) for name, value in reference.items())
+    size = sum(float(value.double().square().sum()) for value in reference.values())
+    return math.sqrt(moved / size) if size else math.inf * moved if moved else 0.0
+
+
+def cosine_to(state: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
+    """Cosine between two states as vectors, in float64; 1 is the same direction."""
+    inner, own, other = (
+        sum(float((first[name].double() * second[name].double()).sum()) for name in reference)
+        for first, second in ((state, reference), (state, state), (reference, reference))
+    )
+    return inner / math.sqrt(own * other) if own * other else 1.0
+
+
+def _misfits(update: Update, reference: Mapping[str, Tensor], limits: Limits) -> Iterator[str]:
     """Give everything about an update that does not fit."""
-    if not 0 < update.examples < _MOST:
+    if not 0 < update.examples <= min(limits.examples, _MOST):
         yield f"it reports {update.examples:.3g} images"
-    if not {"loss", "images"} <= update.metrics.keys() or not update.metrics.keys() <= set(names):
-        yield "its metrics lack loss or images, or have a name that is not on the list"
-    elif not all(math.isfinite(value) and abs(value) < _MOST for value in update.metrics.values()):
-        yield "its metrics are not finite or absurdly large"
-    elif update.metrics["images"] <= 0:
-        yield f"it trained on {update.metrics['images']:.3g} images"
+    if not 1 <= update.steps < _MOST:
+        yield f"it reports {update.steps:.3g} steps"
+    yield from _misfit_metrics(update, METRICS | limits.terms)
     for name in sorted(update.state.keys() - reference.keys()):
         yield f"tensor {name} is not part of the shared state"
     for name, expected in reference.items():
@@ -97,18 +141,30 @@ def _misfits(update: Update, reference: Mapping[str, Tensor], names: Collection[
     yield from _misfit_prototypes(update, reference)
 
 
+def _misfit_metrics(update: Update, names: Collection[str]) -> Iterator[str]:
+    if not {"loss", "images"} <= update.metrics.keys() or not update.metrics.keys() <= set(names):
+        yield "its metrics lack loss or images, or have a name that is not on the list"
+    elif not all(math.isfinite(value) and abs(value) < _MOST for value in update.metrics.values()):
+        yield "its metrics are not finite or absurdly large"
+    elif update.metrics["images"] <= 0:
+        yield f"it trained on {update.metrics['images']:.3g} images"
+
+
 def _misfit_prototypes(update: Update, reference: Mapping[str, Tensor]) -> Iterator[str]:
     if PROTOTYPES in reference:
-        yield from _misfit_counts("prototype mass", update.mass, len(reference[PROTOTYPES]))
-        yield from _misfit_counts("prototype usage", update.usage, len(reference[PROTOTYPES]))
+        trained = update.metrics.get("images", 0.0)
+        yield from _misfit_counts("prototype mass", update.mass, len(reference[PROTOTYPES]), trained)
+        yield from _misfit_counts("prototype usage", update.usage, len(reference[PROTOTYPES]), trained)
     elif update.mass is not None or update.usage is not None:
         yield "it counts prototypes where the method has none"
 
 
-def _misfit_counts(name: str, counts: Tensor | None, prototypes: int) -> Iterator[str]:
+def _misfit_counts(name: str, counts: Tensor | None, prototypes: int, trained: float) -> Iterator[str]:
     yield from _misfit_tensor(name, counts, torch.zeros(prototypes))
     if counts is not None and bool((counts < 0).any()):
         yield f"{name} holds a negative count"
+    elif counts is not None and float(counts.sum()) > _ROUNDING * trained:
+        yield f"{name} counts {float(counts.sum()):.3g} images where it trained on {trained:.3g}"
 
 
 def _misfit_tensor(name: str, found: Tensor | None, expected: Tensor) -> Iterator[str]:

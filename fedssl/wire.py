@@ -1,13 +1,8 @@
-"""Messages between server and sites: one flat array a dtype, with names, shapes and checks beside it.
+"""Messages between server and sites, and the checks of their form at both borders."""
 
-Flower moves every array as objects of its own: a state of 300 tensors is several times slower than one flat array.
-"""
-
-import json
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -15,31 +10,15 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
+from fedssl import __version__
 from fedssl.errors import ConfigError, FederationError
+from fedssl.order import Order
+from fedssl.packing import FULL, Packed, pack, unpack
 from fedssl.update import Update
 
-PROTOCOL = 2
+PROTOCOL = 3
 _LONGEST_NAME, _LONGEST_REASON = 64, 500
 MOST_CONTRAST = 8.0
-
-
-@dataclass(frozen=True)
-class Order:
-    """What the server asks of a site.
-
-    Attributes:
-        run: random name of the run.
-        number: the round; 0 is the roll call: who is there, with which configuration.
-        rounds: of the whole federation.
-        fingerprint: of the configuration.
-        contrast: factor of the contrastive term in this round.
-    """
-
-    run: str
-    number: int
-    rounds: int
-    fingerprint: str
-    contrast: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -50,69 +29,74 @@ class Refusal:
     reason: str
 
 
-def pack(state: Mapping[str, Tensor]) -> tuple[ArrayRecord, ConfigRecord]:
-    """Flatten named tensors into one array per dtype and a layout that says how to take them apart."""
-    groups: dict[str, list[tuple[str, Tensor]]] = {}
-    for name, tensor in state.items():
-        groups.setdefault(str(tensor.dtype).removeprefix("torch."), []).append((name, tensor))
-    arrays = {
-        dtype: Array(torch.cat([tensor.flatten() for _, tensor in members]).numpy())
-        for dtype, members in groups.items()
-    }
-    layout = {dtype: [[name, list(tensor.shape)] for name, tensor in members] for dtype, members in groups.items()}
-    return ArrayRecord(arrays), ConfigRecord({"layout": json.dumps(layout)})
+def write_order(order: Order, packed: Packed | None, guide: Mapping[str, Tensor] | None = None) -> RecordDict:
+    """Make the content of a message to a site.
 
-
-def unpack(arrays: ArrayRecord, layout: ConfigRecord) -> dict[str, Tensor]:
-    """Undo ``pack``.
-
-    Raises:
-        FederationError: the layout does not fit the arrays.
+    Args:
+        order: what is asked.
+        packed: the shared state; packed once, sent to many.
+        guide: ``marginal`` or ``potentials`` of the prototypes, in float64, where there are any.
     """
-    state: dict[str, Tensor] = {}
-    for dtype, members in json.loads(str(layout["layout"])).items():
-        flat = torch.from_numpy(np.array(arrays[dtype].numpy()))
-        sizes = [math.prod(shape) for _, shape in members]
-        if any(size < 0 for _, shape in members for size in shape):
-            raise FederationError("its layout names a negative size")
-        if flat.ndim != 1 or len(flat) != sum(sizes):
-            raise FederationError(f"its {dtype} array holds {flat.numel()} values where its layout names {sum(sizes)}")
-        for (name, shape), part in zip(members, flat.split(sizes), strict=True):
-            state[name] = part.reshape(shape)
-    return state
-
-
-def write_order(order: Order, state: Mapping[str, Tensor] | None) -> RecordDict:
-    """Make the content of a message to a site."""
-    content = RecordDict({"order": ConfigRecord({"protocol": PROTOCOL, **asdict(order)})})
-    if state is not None:
-        content["state"], content["layout"] = pack(state)
+    content = RecordDict({"order": ConfigRecord({"protocol": PROTOCOL, "version": __version__, **asdict(order)})})
+    if packed is not None:
+        content["state"], content["layout"] = packed
+    if guide:
+        content["guide"] = ArrayRecord({name: Array(value.numpy()) for name, value in guide.items()})
     return content
 
 
-def read_order(content: RecordDict, fingerprint: str) -> tuple[Order, dict[str, Tensor]]:
+@dataclass(frozen=True)
+class Request:
+    """A server's message as a site reads it.
+
+    Attributes:
+        order: what is asked.
+        state: the shared state; empty where none was sent.
+        guide: arrays over the prototypes.
+    """
+
+    order: Order
+    state: dict[str, Tensor]
+    guide: dict[str, Tensor]
+
+
+def read_order(content: RecordDict, fingerprint: str) -> Request:
     """Read a server's message at a site.
 
     Raises:
         ConfigError: the server speaks another protocol or trains with another configuration.
+        FederationError: the message was damaged on the way.
     """
     record = content.config_records["order"]
     if record["protocol"] != PROTOCOL:
         raise ConfigError(
-            f"speaks protocol {PROTOCOL}, the server {record['protocol']!r}; install the same fedssl version"
+            f"has fedssl {__version__} (protocol {PROTOCOL}), the server {record.get('version', 'an older one')!r} "
+            f"(protocol {record['protocol']!r}); install the same fedssl version"
         )
     if record["fingerprint"] != fingerprint:
         raise ConfigError(
-            f"has configuration {fingerprint}, the server {record['fingerprint']!r}; use equal versions and overrides"
+            f"has configuration {fingerprint} of fedssl {__version__}, the server {record['fingerprint']!r} of "
+            f"{record['version']!r}; use equal versions and overrides"
         )
     contrast = _float(record["contrast"])
     if not 1.0 <= contrast <= MOST_CONTRAST:
         raise ConfigError(
             f"was told to weigh the contrastive term {contrast:.3g} times; 1 to {MOST_CONTRAST:g} is allowed"
         )
-    order = Order(str(record["run"]), _int(record["number"]), _int(record["rounds"]), fingerprint, contrast)
+    order = Order(**{field.name: _as(field.type, record[field.name]) for field in fields(Order)})
     state = unpack(content.array_records["state"], content.config_records["layout"]) if "state" in content else {}
-    return order, state
+    return Request(order, state, _tensors(content, "guide"))
+
+
+def _as(kind: Any, value: Any) -> Any:  # noqa: ANN401 - Flower's own union of config values
+    return kind(value)
+
+
+def _tensors(content: RecordDict, name: str) -> dict[str, Tensor]:
+    """Read a record of small arrays; empty where it is missing."""
+    if name not in content:
+        return {}
+    return {key: torch.from_numpy(np.array(array.numpy())) for key, array in content.array_records[name].items()}
 
 
 def _int(value: Any) -> int:  # noqa: ANN401 - Flower's own union of config values
@@ -123,15 +107,22 @@ def _float(value: Any) -> float:  # noqa: ANN401 - Flower's own union of metric 
     return float(value)
 
 
-def write_update(update: Update) -> RecordDict:
-    """Make the content of a site's answer."""
-    arrays, layout = pack(update.state)
+def write_update(update: Update, precision: str = FULL, reference: Mapping[str, Tensor] | None = None) -> RecordDict:
+    """Make the content of a site's answer; ``reference`` is the state that it was sent."""
+    arrays, layout = pack(update.state, precision, reference)
     content = RecordDict({"state": arrays, "layout": layout})
-    content["site"] = ConfigRecord({"site": update.site, "examples": update.examples})
+    content["site"] = ConfigRecord(
+        {"site": update.site, "examples": update.examples, "steps": update.steps, "independent": update.independent}
+    )
     content["metrics"] = MetricRecord({name: float(value) for name, value in update.metrics.items()})
     counts = {"mass": update.mass, "usage": update.usage}
     content["counts"] = ArrayRecord({name: Array(value.numpy()) for name, value in counts.items() if value is not None})
     return content
+
+
+def write_column_sums(site: str, sums: Tensor) -> RecordDict:
+    """Make a site's answer to one iteration of federated Sinkhorn; ``sums`` [prototypes] in float64."""
+    return RecordDict({"site": ConfigRecord({"site": site}), "counts": ArrayRecord({"sums": Array(sums.numpy())})})
 
 
 def write_presence(site: str, facts: Mapping[str, int]) -> RecordDict:
@@ -165,8 +156,8 @@ def read_presence(content: RecordDict) -> Presence | Refusal:
         return Presence(str(record["site"]), _int(record["images"]))
 
 
-def read_update(content: RecordDict) -> Update | Refusal:
-    """Read a site's answer to a round.
+def read_update(content: RecordDict, reference: Mapping[str, Tensor] | None = None) -> Update | Refusal:
+    """Read a site's answer to a round; ``reference`` is the state that it was sent.
 
     Raises:
         FederationError: the answer is malformed.
@@ -174,18 +165,33 @@ def read_update(content: RecordDict) -> Update | Refusal:
     with _well_formed():
         if "refused" in content:
             return _read_refusal(content)
-        counts = {
-            name: torch.from_numpy(np.array(array.numpy())) for name, array in content.array_records["counts"].items()
-        }
+        counts = _tensors(content, "counts")
         site = content.config_records["site"]
         return Update(
             site=str(site["site"]),
-            state=unpack(content.array_records["state"], content.config_records["layout"]),
+            state=unpack(content.array_records["state"], content.config_records["layout"], reference),
             examples=_int(site["examples"]),
+            steps=_int(site["steps"]),
             mass=counts.get("mass"),
             usage=counts.get("usage"),
             metrics={name: _float(value) for name, value in content.metric_records["metrics"].items()},
+            independent=bool(site["independent"]),
         )
+
+
+def read_column_sums(content: RecordDict, prototypes: int) -> Tensor | Refusal:
+    """Read a site's answer to one iteration of federated Sinkhorn; [prototypes] in float64.
+
+    Raises:
+        FederationError: the answer is malformed.
+    """
+    with _well_formed():
+        if "refused" in content:
+            return _read_refusal(content)
+        sums = _tensors(content, "counts")["sums"]
+        if sums.dtype != torch.float64 or sums.shape != (prototypes,) or not bool(torch.isfinite(sums).all()):
+            raise FederationError("its column sums are not finite, or not one number a prototype")
+        return sums
 
 
 @contextmanager
@@ -202,8 +208,3 @@ def _well_formed() -> Iterator[None]:
 def _read_refusal(content: RecordDict) -> Refusal:
     record = content.config_records["refused"]
     return Refusal(str(record["site"])[:_LONGEST_NAME], str(record["reason"])[:_LONGEST_REASON])
-
-
-def size_in_bytes(content: RecordDict) -> int:
-    """Count the bytes of a message's arrays."""
-    return sum(record.count_bytes() for record in content.array_records.values())

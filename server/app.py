@@ -7,8 +7,11 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedssl import config as settings
+from fedssl import progress
 from fedssl.build import build_aggregator, check_settings, first_state
 from fedssl.checkpoint import Checkpoint
+from fedssl.config import Config
+from fedssl.methods.base import Method
 from fedssl.run_folder import RunFolder
 from server.exchange import Plan
 from server.record import Recorder
@@ -25,23 +28,42 @@ def main(grid: Grid, context: Context) -> None:
     fingerprint = settings.fingerprint(config)
     folder = RunFolder(Path(config["run_dir"]))
     method = check_settings(config)
+    aggregator = build_aggregator(config)
     checkpoint = folder.resume(fingerprint) if config["resume"] else None
     if not config["resume"]:
         folder.start(overwrite=config["overwrite"])
     folder.save_config(config)
     if checkpoint is None:
         checkpoint = Checkpoint(first_state(config, method), secrets.token_hex(8), 0, fingerprint)
-    federation = config["federation"]
-    plan = Plan(
-        checkpoint.run, federation["rounds"], fingerprint, federation["min_sites"], federation["deadline_s"],
-        federation["wait_s"], frozenset(method.terms),
-    )  # fmt: skip
+    plan = _plan(config, checkpoint, method)
     collapse = config["collapse"]
     remedy = Remedy(
         plan.rounds, method.num_prototypes, method.num_blocks, method.width, config["seed"], collapse["reseed"],
         collapse["contrast"],
     )  # fmt: skip
-    start = RoundResult(checkpoint.round, dict(checkpoint.state), contrast=checkpoint.contrast)
-    with Recorder(folder, checkpoint, rounds=plan.rounds) as recorder:
-        for result in run_rounds(grid, start, plan, build_aggregator(config), remedy.treat):
+    with Recorder(folder, checkpoint, rounds=plan.rounds, patience=config["federation"]["patience"]) as recorder:
+        results = run_rounds(grid, _start(checkpoint), plan, aggregator, remedy.treat)
+        while not recorder.checkpoint.stopped and (result := next(results, None)):
             recorder.record(result)
+        if recorder.checkpoint.stopped:
+            done = recorder.checkpoint
+            text = f"Stopped after round {done.round}: no lower loss since round {done.best_round}."
+            progress.publish(progress.Note(text))
+
+
+def _start(checkpoint: Checkpoint) -> RoundResult:
+    """Stand where the last round left off."""
+    return RoundResult(
+        checkpoint.round, dict(checkpoint.state), dict(checkpoint.memory), dict(checkpoint.mass),
+        dict(checkpoint.answered), checkpoint.contrast, checkpoint.usual_change,
+    )  # fmt: skip
+
+
+def _plan(config: Config, checkpoint: Checkpoint, method: Method) -> Plan:
+    federation = config["federation"]
+    return Plan(
+        checkpoint.run, federation["rounds"], checkpoint.fingerprint, federation["min_sites"],
+        federation["deadline_s"], federation["wait_s"], frozenset(method.terms), tuple(federation["sites"] or ()),
+        federation["participation"], config["seed"], federation["precision"], federation["largest_change"],
+        federation["equipartition"], federation["sinkhorn_iterations"],
+    )  # fmt: skip

@@ -1,7 +1,7 @@
 """Messages out, answers in: every wait has an end, and every failure a sentence."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from flwr.app import Message, RecordDict
@@ -15,7 +15,24 @@ _GRACE_S = 600.0  # answers stay at the SuperLink while earlier ones are folded
 
 @dataclass(frozen=True)
 class Plan:
-    """What stays the same over the rounds: see ``federation`` in the configuration; ``terms`` of the loss."""
+    """What stays the same over the rounds: see ``federation`` in the configuration.
+
+    Attributes:
+        run: random name of the run.
+        rounds: of the whole federation.
+        fingerprint: of the configuration.
+        min_sites: quorum of a round.
+        deadline_s: of a round.
+        wait_s: for sites to connect, and for new ones to say who they are.
+        terms: names of the terms of the method's loss.
+        sites: names of those who may take part; empty: whoever connects.
+        participation: share of the sites that train in a round.
+        seed: of the choice of sites.
+        precision: of numbers on the wire.
+        largest_change: of a site's weights in a round, in norms of the weights.
+        equipartition: ``local``, ``site-marginals`` or ``federated-sinkhorn``.
+        sinkhorn_iterations: of federated Sinkhorn.
+    """
 
     run: str
     rounds: int
@@ -24,17 +41,26 @@ class Plan:
     deadline_s: float
     wait_s: float
     terms: frozenset[str] = frozenset()
+    sites: tuple[str, ...] = ()
+    participation: float = 1.0
+    seed: int = 0
+    precision: str = "float32"
+    largest_change: float = 3.0
+    equipartition: str = "local"
+    sinkhorn_iterations: int = 5
 
 
-def push(grid: Grid, content: RecordDict, nodes: list[int], kind: str, plan: Plan) -> list[tuple[int, str]]:
-    """Send one content to many nodes; returns (node, message id) in the order given."""
-    messages = [Message(content, dst_node_id=node, message_type=kind, ttl=plan.deadline_s + _GRACE_S) for node in nodes]
+def push(grid: Grid, contents: Mapping[int, RecordDict], kind: str, plan: Plan) -> dict[int, str]:
+    """Send each node its content; returns the message ids by node, in the order given."""
+    ttl = plan.deadline_s + _GRACE_S
+    messages = [Message(content, dst_node_id=node, message_type=kind, ttl=ttl) for node, content in contents.items()]
     ids = list(grid.push_messages(messages))
-    if len(ids) != len(nodes):  # what Flower's Grid gives when the SuperLink refuses the size of a message
+    if len(ids) != len(contents):  # what Flower's Grid gives when the SuperLink refuses the size of a message
         raise FederationError(
-            "The SuperLink refused the messages of this round as too large. Choose a smaller encoder."
+            "The SuperLink refused the messages of this round as too large. Choose a smaller encoder, or "
+            "federation.precision=bfloat16."
         )
-    return list(zip(nodes, ids, strict=True))
+    return dict(zip(contents, ids, strict=True))
 
 
 def pull(grid: Grid, message_id: str, deadline: float) -> Message | None:
@@ -48,23 +74,32 @@ def pull(grid: Grid, message_id: str, deadline: float) -> Message | None:
     return None
 
 
-def failure(answer: Message | None) -> str:
+def ask(
+    grid: Grid, contents: Mapping[int, RecordDict], kind: str, plan: Plan, seconds: float
+) -> Iterator[tuple[int, Message | None]]:
+    """Send each node its content and give the answers one by one, in the order given; None for those not in time."""
+    deadline = time.monotonic() + seconds
+    for node, message_id in push(grid, contents, kind, plan).items():
+        yield node, pull(grid, message_id, deadline)
+
+
+def failure(answer: Message | None, what: str = "the deadline (federation.deadline_s)") -> str:
     """Say why there is no content. Flower's own error text is left out: it names the wrong node and may hold a path."""
     if answer is None:
-        return "did not answer before the deadline (federation.deadline_s)"
+        return f"did not answer before {what}"
     return f"failed before it could answer (Flower error {answer.error.code}); its own log says more"
 
 
-def require(plan: Plan, good: Mapping[str, object], bad: Mapping[str, str], what: str) -> None:
+def require(least: int, good: Mapping[str, object], bad: Mapping[str, str], what: str) -> None:
     """End the run unless enough sites did what was asked.
 
     Raises:
         FederationError: names those that did, and why the others did not.
     """
-    if len(good) >= plan.min_sites:
+    if len(good) >= least:
         return
     reasons = "; ".join(f"{site}: {reason}" for site, reason in bad.items()) or "no other site is connected"
     raise FederationError(
-        f"{len(good)} of at least {plan.min_sites} sites {what} ({', '.join(good) or 'none'}). {reasons}. "
+        f"{len(good)} of at least {least} sites {what} ({', '.join(good) or 'none'}). {reasons}. "
         "Mend these sites, or lower federation.min_sites."
     )

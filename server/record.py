@@ -9,6 +9,8 @@ from fedssl.checkpoint import Checkpoint
 from fedssl.run_folder import RunFolder
 from server.rounds import RoundResult
 
+_DRIFT = 0.7  # mean length of averaged prototypes before renormalising
+
 
 class Recorder:
     """Writes each round to the run folder.
@@ -17,12 +19,15 @@ class Recorder:
         folder: the run's.
         checkpoint: where the run stands.
         rounds: of the whole federation.
+        patience: rounds without a lower loss after which the run stops; None: never.
     """
 
-    def __init__(self, folder: RunFolder, checkpoint: Checkpoint, *, rounds: int) -> None:
+    def __init__(self, folder: RunFolder, checkpoint: Checkpoint, *, rounds: int, patience: int | None = None) -> None:
         self.folder = folder
         self.checkpoint = checkpoint
         self.rounds = rounds
+        self.patience = patience
+        self.drifting = False
         self.collapsed: set[str] = set()
         self.board = _tensorboard(folder, checkpoint.round)
 
@@ -51,47 +56,68 @@ class Recorder:
             "ssl/reseeded": result.reseeded,
             "ssl/contrast": result.contrast,
             "ssl/usage": result.usage,
+            "ssl/site_nmi": result.site_nmi,
             "federation/sites": sorted(result.metrics),
             "federation/failed": result.failed,
+            "federation/absent": result.absent,
+            "federation/change": result.change,
+            "federation/cosine": result.cosine,
             "comm/bytes_up": result.bytes_up,
             "comm/bytes_down": result.bytes_down,
         }
         self.folder.record_round(row)
         self._draw(result, loss)
-        best = self.checkpoint.best_loss is None or loss < self.checkpoint.best_loss
+        known = self.checkpoint
+        best = known.best_loss is None or loss < known.best_loss
+        best_round = result.number if best else known.best_round
+        comparable = result.contrast == known.contrast  # else the next round weighs its terms anew
         self.checkpoint = replace(
-            self.checkpoint,
+            known,
             state=result.state,
+            memory=result.memory,
+            mass=result.mass,
+            answered=result.answered,
+            usual_change=result.usual_change,
             round=result.number,
-            best_loss=self._best_loss(result, loss),
-            images_seen=self.checkpoint.images_seen + int(sum(weights.values())),
+            best_loss=min(loss, known.best_loss if known.best_loss is not None else loss) if comparable else None,
+            best_round=best_round,
+            images_seen=known.images_seen + int(sum(weights.values())),
             sites=sorted(result.metrics),
             contrast=result.contrast,
+            stopped=self.patience is not None and result.number - best_round >= self.patience,
         )
         self.folder.save(self.checkpoint, best=best)
-        self._alarm(result.number, result.signs)
+        self._alarm(result)
 
-    def _best_loss(self, result: RoundResult, loss: float) -> float | None:
-        """Lowest loss so far; None when the next round weighs its terms anew, since losses then do not compare."""
-        if result.contrast != self.checkpoint.contrast:
-            return None
-        known = self.checkpoint.best_loss
-        return loss if known is None else min(known, loss)
-
-    def _alarm(self, number: int, signs: dict[str, list[str]]) -> None:
-        """Say it loudly when a site collapses, and again in the last round; the metrics keep every round."""
-        for site, sentences in signs.items():
-            if site not in self.collapsed or number == self.rounds:
-                text = f"COLLAPSE at site {site}, round {number}: {'; '.join(sentences)}."
+    def _alarm(self, result: RoundResult) -> None:
+        """Say loudly when a site collapses or prototypes drift apart, and again in the last round; never each round."""
+        last = result.number == self.rounds
+        for site, sentences in result.signs.items():
+            if site not in self.collapsed or last:
+                text = f"COLLAPSE at site {site}, round {result.number}: {'; '.join(sentences)}."
                 progress.publish(progress.Note(text, alarm=True))
-        self.collapsed = set(signs)
+        self.collapsed = set(result.signs)
+        drifting = result.agreement is not None and result.agreement < _DRIFT
+        if drifting and (last or not self.drifting):
+            text = (
+                f"DRIFT in round {result.number}: the sites' prototypes agree to {result.agreement:.2f} (1 is full "
+                f"agreement, below {_DRIFT} they stand for different clusters). Shorten the rounds "
+                "(training.local_epochs), or lower optim.lr."
+            )
+            progress.publish(progress.Note(text, alarm=True))
+        self.drifting = drifting
 
     def _draw(self, result: RoundResult, loss: float) -> None:
         if self.board is None:
             return
         self.board.add_scalar("train/loss", loss, result.number)
+        whole = {"ssl/prototype_agreement": result.agreement, "ssl/site_nmi": result.site_nmi}
+        for name, figure in whole.items():
+            if figure is not None:
+                self.board.add_scalar(name, figure, result.number)
         for site, metrics in result.metrics.items():
-            for name, value in metrics.items():
+            figures = {**metrics, "change": result.change[site], "cosine": result.cosine[site]}
+            for name, value in figures.items():
                 self.board.add_scalar(f"site/{site}/{name}", value, result.number)
         self.board.flush()
 

@@ -5,56 +5,81 @@ of our own on the Grid. Answers are folded in the order of the sites' names, so 
 is first; those that wait stay at the SuperLink, and the server's memory does not grow with the sites.
 """
 
-import time
+import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from flwr.app import Message, MessageType
+import torch
+from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedssl import progress, wire
-from fedssl.aggregation import prototypes
-from fedssl.aggregation.mean import RunningSum, WeightedMean
-from fedssl.aggregation.prototypes import PrototypeSum
+from fedssl.aggregation.base import Aggregator
+from fedssl.clustering import cluster_information
 from fedssl.errors import FederationError, UpdateRefused
 from fedssl.methods.base import PROTOTYPES
-from fedssl.update import Update, check_update
-from server.exchange import Plan, failure, pull, push, require
-from server.roll_call import call_roll
+from fedssl.order import Order
+from fedssl.packing import FULL, pack, size_in_bytes, unpack
+from fedssl.update import Limits, Update, check_update, cosine_to
+from server.combine import Combination
+from server.equalise import FEDERATED_SINKHORN, SITE_MARGINALS, Guides, federated_sinkhorn, site_marginals
+from server.exchange import Plan, ask, failure, require
+from server.roster import Member, Roster
+
+_USUAL = 100.0  # a change so many times the usual one of the last round is an error or an attack
+_MORE_IMAGES = 2.0  # a site's index may grow during a run, but not so much
 
 
 @dataclass
 class RoundResult:
-    """The federation after a round.
+    """The federation after a round: what the next one starts from, and the figures.
 
     Attributes:
         number: the round, from 1.
         state: the new shared state.
+        memory: what the aggregator remembers.
+        mass: soft number of images of each prototype, by site, from the last round that it took part in.
+        answered: the last round in which each site answered well.
+        contrast: factor of the contrastive term in the next round.
+        usual_change: median of ``change``; None before round 1.
         metrics: each site's figures, by site.
         examples: each site's images, by site.
         usage: share of each site's samples by prototype.
+        counts: samples nearest to each prototype, by site.
+        change: of each site's weights, in norms of the weights.
+        cosine: between each site's weights and those that it was sent.
         agreement: mean length of the averaged prototypes before renormalising; None without prototypes.
+        site_nmi: normalised information of the cluster on the site; None where there is nothing to tell.
         failed: reason by site, for those whose answer is missing or refused.
+        absent: reason by site, for those that were not asked.
         bytes_up: received from all sites.
         bytes_down: sent to all sites.
         signs: of collapse, by site.
         reseeded: prototypes that were started again.
-        contrast: factor of the contrastive term in the next round.
     """
 
     number: int
     state: dict[str, Tensor]
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    mass: dict[str, Tensor] = field(default_factory=dict)
+    answered: dict[str, int] = field(default_factory=dict)
+    contrast: float = 1.0
+    usual_change: float | None = None
     metrics: dict[str, Mapping[str, float]] = field(default_factory=dict)
     examples: dict[str, int] = field(default_factory=dict)
     usage: dict[str, list[float]] = field(default_factory=dict)
+    counts: dict[str, Tensor] = field(default_factory=dict)
+    change: dict[str, float] = field(default_factory=dict)
+    cosine: dict[str, float] = field(default_factory=dict)
     agreement: float | None = None
+    site_nmi: float | None = None
     failed: dict[str, str] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
     signs: dict[str, list[str]] = field(default_factory=dict)
     reseeded: int = 0
-    contrast: float = 1.0
 
 
 def _untreated(result: RoundResult, contrast: float) -> RoundResult:  # noqa: ARG001 - what a treatment is given
@@ -65,7 +90,7 @@ def run_rounds(
     grid: Grid,
     start: RoundResult,
     plan: Plan,
-    aggregator: WeightedMean,
+    aggregator: Aggregator,
     treat: Callable[[RoundResult, float], RoundResult] = _untreated,
 ) -> Iterator[RoundResult]:
     """Run the rounds after ``start`` and give each one's result.
@@ -80,75 +105,109 @@ def run_rounds(
     Raises:
         FederationError: fewer than ``min_sites`` sites are there or answer well; each missing one is named.
     """
-    sites = call_roll(grid, plan)
+    roster = Roster(grid, plan)
+    roster.open()
     result = start
     for number in range(start.number + 1, plan.rounds + 1):
-        order = wire.Order(plan.run, number, plan.rounds, plan.fingerprint, result.contrast)
-        result = treat(_run_round(grid, sites, result.state, order, plan, aggregator), result.contrast)
+        roster.refresh()
+        result = treat(_Round(grid, roster, result, plan, number).run(aggregator), result.contrast)
         yield result
 
 
-def _run_round(
-    grid: Grid,
-    sites: Mapping[str, int],
-    state: dict[str, Tensor],
-    order: wire.Order,
-    plan: Plan,
-    aggregator: WeightedMean,
-) -> RoundResult:
-    number = order.number
-    result = RoundResult(number, state)
-    content = wire.write_order(order, state)
-    deadline = time.monotonic() + plan.deadline_s
-    pending = push(grid, content, list(sites.values()), MessageType.TRAIN, plan)
-    result.bytes_down = wire.size_in_bytes(content) * len(sites)
-    mean, centres = RunningSum(), PrototypeSum()
-    for site, (_, message_id) in zip(sites, pending, strict=True):
+class _Round:
+    """One round in the making."""
+
+    def __init__(self, grid: Grid, roster: Roster, before: RoundResult, plan: Plan, number: int) -> None:
+        self.grid = grid
+        self.members = roster.choose(number)
+        self.before = before
+        self.plan = plan
+        self.packed = pack(before.state, plan.precision)
+        self.received = before.state if plan.precision == FULL else unpack(*self.packed)
+        self.result = RoundResult(
+            number, before.state, before.memory, dict(before.mass), dict(before.answered), absent=dict(roster.absent)
+        )  # fmt: skip
+
+    def run(self, aggregator: Aggregator) -> RoundResult:
+        """Ask the sites, fold their answers, name those that failed."""
+        result, plan = self.result, self.plan
+        combination = Combination(aggregator, self.received)
+        contents = self._contents(self._guides())
+        result.bytes_down += sum(size_in_bytes(content) for content in contents.values())
+        sites = {member.node: site for site, member in self.members.items()}
+        for node, answer in ask(self.grid, contents, MessageType.TRAIN, plan, plan.deadline_s):
+            try:
+                update = self._receive(answer, sites[node])
+            except UpdateRefused as refusal:
+                result.failed[refusal.site] = refusal.reason
+                text = f"Round {result.number}: {refusal}. The round goes on without it."
+                progress.publish(progress.Note(text, alarm=True))
+                continue
+            self._note(combination.add(update))
+        least = max(plan.min_sites, aggregator.least_sites)
+        require(least, result.metrics, result.failed | result.absent, f"answered well in round {result.number}")
+        result.state, result.memory, result.agreement = combination.finish(self.before.state, self.before.memory)
+        result.usual_change = statistics.median(result.change.values())
+        if result.counts:
+            result.site_nmi = cluster_information(torch.stack(list(result.counts.values())))
+        return result
+
+    def _guides(self) -> Guides:
+        """Tell the sites what their images should fill of the prototypes, if the run asks for it."""
+        if self.plan.equipartition == SITE_MARGINALS:
+            return site_marginals(self.members, self.before.mass)
+        if self.plan.equipartition != FEDERATED_SINKHORN:
+            return {}
+        count = len(self.before.state[PROTOTYPES])
+        guides, failed = federated_sinkhorn(self.grid, self.members, self.packed, count, self._order(""), self.plan)
+        self.result.failed |= failed
+        self.result.bytes_down += self.packed[0].count_bytes() * len(self.members)
+        self.members = {site: member for site, member in self.members.items() if site not in failed}
+        return guides
+
+    def _order(self, site: str) -> Order:
+        plan, last = self.plan, self.before.answered.get(site, 0)
+        return Order(
+            plan.run, self.result.number, plan.rounds, plan.fingerprint, self.before.contrast, last, plan.precision
+        )
+
+    def _contents(self, guides: Guides) -> dict[int, RecordDict]:
+        return {
+            member.node: wire.write_order(self._order(site), self.packed, guides.get(site))
+            for site, member in self.members.items()
+        }
+
+    def _receive(self, answer: Message | None, site: str) -> Update:
+        """Read and check one answer.
+
+        Raises:
+            UpdateRefused: it is missing, malformed, or cannot be averaged.
+        """
+        if answer is None or not answer.has_content():
+            raise UpdateRefused(site, failure(answer))
         try:
-            update = _receive(pull(grid, message_id, deadline), site, state, plan.terms, result)
-        except UpdateRefused as refusal:
-            result.failed[site] = refusal.reason
-            progress.publish(progress.Note(f"Round {number}: {refusal}. The round goes on without it.", alarm=True))
-            continue
-        _fold(update, mean, centres, aggregator, result)
-    require(plan, result.metrics, result.failed, f"answered well in round {number}")
-    others = {name: value for name, value in state.items() if name != PROTOTYPES}
-    result.state = aggregator.finish(mean, others)
-    if PROTOTYPES in state:
-        result.state[PROTOTYPES], result.agreement = prototypes.finish(centres, state[PROTOTYPES])
-    return result
+            update = wire.read_update(answer.content, self.received)
+        except FederationError as error:
+            raise UpdateRefused(site, str(error)) from error
+        if isinstance(update, wire.Refusal):
+            raise UpdateRefused(site, update.reason)
+        if update.site != site:
+            raise UpdateRefused(site, f"answered under the name {update.site}")
+        self.result.change[site] = check_update(update, self.received, self._limits(self.members[site]))
+        self.result.bytes_up += size_in_bytes(answer.content)
+        return update
 
+    def _limits(self, member: Member) -> Limits:
+        usual = self.before.usual_change
+        most = min(self.plan.largest_change, _USUAL * usual) if usual else self.plan.largest_change
+        return Limits(self.plan.terms, most, _MORE_IMAGES * member.images)
 
-def _fold(
-    update: Update, mean: RunningSum, centres: PrototypeSum, aggregator: WeightedMean, result: RoundResult
-) -> None:
-    others = {name: value for name, value in update.state.items() if name != PROTOTYPES}
-    aggregator.fold(mean, others, update.examples)
-    if PROTOTYPES in update.state and update.mass is not None and update.usage is not None:
-        prototypes.fold(centres, update.state[PROTOTYPES], update.mass)
-        result.usage.update(prototypes.usage_by_site({update.site: update.usage}))
-    result.metrics[update.site] = update.metrics
-    result.examples[update.site] = update.examples
-
-
-def _receive(
-    answer: Message | None, site: str, state: Mapping[str, Tensor], terms: frozenset[str], result: RoundResult
-) -> Update:
-    """Read and check one answer.
-
-    Raises:
-        UpdateRefused: it is missing, malformed, or cannot be averaged.
-    """
-    if answer is None or not answer.has_content():
-        raise UpdateRefused(site, failure(answer))
-    try:
-        update = wire.read_update(answer.content)
-    except FederationError as error:
-        raise UpdateRefused(site, str(error)) from error
-    if isinstance(update, wire.Refusal):
-        raise UpdateRefused(site, update.reason)
-    if update.site != site:
-        raise UpdateRefused(site, f"answered under the name {update.site}")
-    check_update(update, state, terms)
-    result.bytes_up += wire.size_in_bytes(answer.content)
-    return update
+    def _note(self, update: Update) -> None:
+        """Keep the figures of a good answer; its state is in the running total."""
+        result, site = self.result, update.site
+        result.metrics[site], result.examples[site] = update.metrics, update.examples
+        result.answered[site] = result.number
+        result.cosine[site] = cosine_to(update.state, self.received)
+        if update.mass is not None and update.usage is not None:
+            result.mass[site], result.counts[site] = update.mass, update.usage
+            result.usage[site] = (update.usage / update.usage.sum().clamp_min(1e-12)).tolist()

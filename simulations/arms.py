@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedssl.build import participants, training_images
+from fedssl.build_images import simulated_sites
 from fedssl.config import Config
 from fedssl.data.cache import ImageStore
 
@@ -35,11 +35,10 @@ class Arm:
 
 def plan_arms(config: Config, store: ImageStore, overrides: Sequence[str]) -> list[Arm]:
     """Plan the arms that ``simulation.arms`` names; the federated one comes first and owns the run folder."""
-    members = participants(config, store)
-    images = {site: len(training_images(config, store, names)) for site, names in members.items()}
+    images = {site: len(subset) for site, subset in simulated_sites(config, store).items()}
     largest = max(images, key=lambda site: (images[site], site))
     folder = Path(config["run_dir"])
-    arms = [Arm(FEDERATED, f"federated ({len(members)} sites)", folder, list(overrides), len(members))]
+    arms = [Arm(FEDERATED, f"federated ({len(images)} sites)", folder, list(overrides), len(images))]
     for name in config["simulation"]["arms"]:
         if name == FEDERATED:
             continue
@@ -49,9 +48,11 @@ def plan_arms(config: Config, store: ImageStore, overrides: Sequence[str]) -> li
             "run_dir": str(folder / "arms" / name),
             "simulation.arms": f"[{FEDERATED}]",
             "federation.min_sites": "1",
+            "federation.sites": "null",
+            "federation.participation": "1.0",
             "training.local_epochs": repr(config["training"]["local_epochs"] / share),
         }
-        changed |= {"data.sites": f"['{largest}']"} if alone else {"simulation.pool": "true"}
+        changed |= {"simulation.only": f"'{largest}'"} if alone else {"simulation.pool": "true"}
         title = f"{largest} alone" if alone else "all images pooled"
         arms.append(Arm(name, title, folder / "arms" / name, _replace(overrides, changed), 1))
     return arms

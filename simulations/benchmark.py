@@ -99,9 +99,9 @@ def _overhead() -> float:
     def answer(message: Message, context: Context) -> Message:
         site = str(context.node_config["site"])
         if message.metadata.message_type == "query":
-            return Message(wire.write_presence(site, {"images": 10}), reply_to=message)
-        _, received = wire.read_order(message.content, "bench")
-        update = Update(site, received, 10, counts, counts, {"loss": 1.0, "images": 10.0})
+            return Message(wire.write_presence(site, {"images": 1000}), reply_to=message)
+        received = wire.read_order(message.content, "bench").state
+        update = Update(site, received, 1000, 1, counts, counts, {"loss": 1.0, "images": 1000.0})
         return Message(wire.write_update(update), reply_to=message)
 
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from fedssl import config as settings
 from fedssl import progress
-from fedssl.build import check_settings, open_images, training_digest
+from fedssl.build import check_settings
+from fedssl.build_images import open_images, training_digest
 from fedssl.config import Config
 from fedssl.errors import FederationError
 from fedssl.run_folder import RunFolder

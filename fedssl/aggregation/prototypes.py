@@ -5,7 +5,6 @@ images of cluster k moves prototype k by noise only: weighting by the mass n_{si
 noise out. A prototype without mass stays as it was.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,21 +32,17 @@ def fold(
 
 def finish(
     total: PrototypeSum, previous: Float[Tensor, "prototypes width"]
-) -> tuple[Float[Tensor, "prototypes width"], float]:
+) -> tuple[Float[Tensor, "prototypes width"], float | None]:
     """Return the new unit-length prototypes and the mass-weighted mean length before renormalising.
 
-    A length near 1 says that the sites agree on their clusters; below about 0.7 they drift apart.
+    A length near 1 says that the sites agree on their clusters; below about 0.7 they drift apart. It is None where no
+    prototype has mass.
     """
     assert total.weighted is not None
     assert total.mass is not None
     alive = total.mass > 0
     mean = total.weighted / total.mass.clamp_min(1e-300)[:, None]
     lengths = mean.norm(dim=1)
-    agreement = float((lengths * total.mass).sum() / total.mass.sum().clamp_min(1e-300))
+    agreement = float((lengths * total.mass).sum() / total.mass.sum()) if bool(alive.any()) else None
     kept = F.normalize(previous.double(), dim=1)
     return torch.where(alive[:, None], F.normalize(mean, dim=1), kept).to(previous.dtype), agreement
-
-
-def usage_by_site(usage: Mapping[str, Float[Tensor, " prototypes"]]) -> dict[str, list[float]]:
-    """Share of each site's samples by prototype: the rows of the report's heat map."""
-    return {site: (counts / counts.sum().clamp_min(1e-12)).tolist() for site, counts in usage.items()}

@@ -14,6 +14,7 @@ from torch import Tensor
 from fedssl.data.cache import Pixels, Subset
 from fedssl.data.modality import modality_groups
 from fedssl.data.pairing import PAIRINGS
+from fedssl.data.pseudonym import numbered
 
 UNLABELLED = -1
 
@@ -29,6 +30,7 @@ class ImageBatch:
         hounsfield: [batch, 1, 1, 1] the image is CT in Hounsfield units; None where none of the batch is.
         modality: [batch] group of each image, a position in ``fedssl.data.modality.MODALITIES``; None: not known.
         label: [batch] position of each image's label in the method's classes, -1 without; None: not asked for.
+        patient: [batch] number of each image's patient at this site; None: not known.
         partner: the images of the other view of each row, where they are others.
     """
 
@@ -38,6 +40,7 @@ class ImageBatch:
     hounsfield: Bool[Tensor, "batch 1 1 1"] | None
     modality: Int[Tensor, " batch"] | None = None
     label: Int[Tensor, " batch"] | None = None
+    patient: Int[Tensor, " batch"] | None = None
     partner: "ImageBatch | None" = None
 
     def __len__(self) -> int:
@@ -52,7 +55,9 @@ class ImageBatch:
 
         low, high = self.low.to(device, non_blocking=True), self.high.to(device, non_blocking=True)
         values, partner = self.values.to(device, non_blocking=True), self.partner and self.partner.to(device)
-        return ImageBatch(values, low, high, sent(self.hounsfield), sent(self.modality), sent(self.label), partner)
+        return ImageBatch(
+            values, low, high, sent(self.hounsfield), sent(self.modality), sent(self.label), sent(self.patient), partner
+        )
 
     def pick(self, rows: Int[Tensor, " picked"]) -> "ImageBatch":
         """Choose images by their place in the batch, without labels and partners."""
@@ -75,11 +80,13 @@ class ViewBatch:
             compared. Views 0, 2, ... come from one image of a row, views 1, 3, ... from the other.
         modality: group of the image behind the first and the second view, a position in ``MODALITIES``.
         label: of the first view's image, a position in the method's classes; -1 without.
+        patient: number of the patient behind the first and the second view; None: not known.
     """
 
     views: Sequence[Float[Tensor, "batch channels _rows _columns"]]
     modality: Int[Tensor, "2 batch"]
     label: Int[Tensor, " batch"]
+    patient: Int[Tensor, "2 batch"] | None = None
 
 
 def image_batch(pixels: Pixels) -> ImageBatch:
@@ -101,6 +108,7 @@ class Batches:
         pairing: where the two views of a row come from, a key of ``PAIRINGS``.
         labels: [images] their labels, empty where unknown; None: unlabelled.
         classes: labels that count; images with others are unlabelled.
+        steps: batches of the round, instead of what ``epochs`` makes.
     """
 
     images: Subset
@@ -110,6 +118,7 @@ class Batches:
     pairing: str = "image"
     labels: np.ndarray | None = None
     classes: Sequence[str] = ()
+    steps: int | None = None
 
     @cached_property
     def size(self) -> int:
@@ -119,6 +128,8 @@ class Batches:
 
     def __len__(self) -> int:
         """Count the batches of the round, at least one: as many rows as the site has images in an epoch."""
+        if self.steps is not None:
+            return self.steps
         return max(1, math.floor(self.epochs * len(self.images) / self.size + 1e-9))
 
     def positions(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -130,21 +141,25 @@ class Batches:
     def __iter__(self) -> Iterator[ImageBatch]:
         """Give batches of images; the next one is read while the last one is used."""
         modality = torch.from_numpy(modality_groups(self.images.column("modality").tolist()))
-        label = torch.from_numpy(self._labels())
+        label, patient = torch.from_numpy(self._labels()), torch.from_numpy(numbered(self.images.column("group")))
         with ThreadPoolExecutor(1, thread_name_prefix="read-images") as reader:
             pending = None
             for pair in self.positions():
-                upcoming = reader.submit(self._read, pair, modality, label)
+                upcoming = reader.submit(self._read, pair, modality, label, patient)
                 if pending is not None:
                     yield pending.result()
                 pending = upcoming
             if pending is not None:
                 yield pending.result()
 
-    def _read(self, pair: tuple[np.ndarray, np.ndarray], modality: Tensor, label: Tensor) -> ImageBatch:
+    def _read(
+        self, pair: tuple[np.ndarray, np.ndarray], modality: Tensor, label: Tensor, patient: Tensor
+    ) -> ImageBatch:
         """Read a batch and, where the rows have partners, those too."""
         first, *others = [
-            replace(image_batch(self.images.read(rows)), modality=modality[rows], label=label[rows])
+            replace(
+                image_batch(self.images.read(rows)), modality=modality[rows], label=label[rows], patient=patient[rows]
+            )
             for rows in (pair[:1] if self.pairing == "image" else pair)
         ]
         return replace(first, partner=others[0]) if others else first

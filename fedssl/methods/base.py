@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fedssl.data.batches import ViewBatch
 from fedssl.encoders import feature_width
 from fedssl.errors import ConfigError
+from fedssl.prototypes import Clusters
 
 PROTOTYPES = "prototypes"
 
@@ -24,14 +25,12 @@ class Loss:
     Attributes:
         total: the weighted sum, with gradient.
         terms: each term, detached; the names that the method declares.
-        mass: [prototypes] soft number of samples assigned to each prototype; None for methods without prototypes.
-        usage: [modalities, prototypes] how many samples of each modality are nearest to each prototype; None likewise.
+        clusters: what the batch says of the clusters; None for methods without prototypes.
     """
 
     total: Float[Tensor, ""]
     terms: Mapping[str, Tensor]
-    mass: Float[Tensor, " prototypes"] | None = None
-    usage: Float[Tensor, "modalities prototypes"] | None = None
+    clusters: Clusters | None = None
 
 
 class Method(nn.Module, ABC):
@@ -47,6 +46,9 @@ class Method(nn.Module, ABC):
         contrast: factor of a contrastive term, raised by the server against collapse; 1 is plain.
         weighs_contrast: whether the loss has a contrastive term beside others, to which ``contrast`` applies.
         num_blocks: groups of prototypes, equal in size and in order, that do not compete with each other.
+        equipartitions: whether all images of a batch share one equipartition, with ``epsilon`` and ``marginal``.
+        epsilon: entropy of its codes.
+        marginal: share of the site's samples that each prototype shall hold; None: equal shares.
     """
 
     shared: tuple[str, ...] = ("encoder.",)
@@ -55,6 +57,9 @@ class Method(nn.Module, ABC):
     contrast: float = 1.0
     weighs_contrast: bool = False
     num_blocks: int = 1
+    epsilon: float = 0.05
+    equipartitions: bool = False
+    marginal: Float[Tensor, " prototypes"] | None = None
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()

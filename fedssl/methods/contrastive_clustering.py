@@ -18,7 +18,7 @@ from fedssl.data.batches import ViewBatch
 from fedssl.data.modality import MODALITIES
 from fedssl.encoders import feature_width
 from fedssl.methods.base import Loss, Method, full_precision, project, projector, require
-from fedssl.prototypes import assignment_mass, nearest_counts, renormalise, swapped_prediction
+from fedssl.prototypes import observe, renormalise, swapped_prediction
 
 
 class ContrastiveClustering(Method):
@@ -77,6 +77,7 @@ class ContrastiveClustering(Method):
         self.clustering_temperature = clustering_temperature
         self.equipartition = Equipartition(epsilon, iterations, modalities, tuple(blocks))
         self.num_blocks = self.equipartition.num_blocks(num_prototypes)
+        self.epsilon, self.equipartitions = epsilon, modalities == POOLED
         self.contrastive_weight = contrastive_weight
         self.clustering_weight = clustering_weight
 
@@ -87,14 +88,13 @@ class ContrastiveClustering(Method):
             points = [F.normalize(projection, dim=1) for projection in projections]
             scores = [point @ self.prototypes.T for point in points]
             contrastive = nt_xent(points[0], points[1], temperature=self.contrastive_temperature)
-            codes, allowed = self.equipartition(scores[:2], batch.modality)
+            codes, allowed = self.equipartition(scores[:2], batch.modality, marginal=self.marginal)
             tau = self.clustering_temperature
             clustering = swapped_prediction(scores, codes, temperature=tau, allowed=allowed)
         return Loss(
             self.contrast * self.contrastive_weight * contrastive + self.clustering_weight * clustering,
             {"contrastive": contrastive.detach(), "clustering": clustering.detach()},
-            mass=assignment_mass(scores[:2], temperature=tau, allowed=allowed),
-            usage=nearest_counts(scores[:2], batch.modality, num_groups=len(MODALITIES), allowed=allowed),
+            observe(scores[:2], codes, temperature=tau, allowed=allowed),
         )
 
     def prototype_scores(self, features: Float[Tensor, "batch width"]) -> Float[Tensor, "batch prototypes"]:

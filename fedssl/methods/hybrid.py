@@ -53,10 +53,11 @@ class Hybrid(Method):
         self.shared = (*base.shared, *(f"base.{name}" for name in base.shared), "classifier.")
         self.terms = (*base.terms, "supervised")
         self.num_blocks, self.weighs_contrast = base.num_blocks, base.weighs_contrast
+        self.epsilon, self.equipartitions = base.epsilon, base.equipartitions
 
     def begin_round(self) -> None:
         """Let the base method begin."""
-        self.base.contrast = self.contrast
+        self.base.contrast, self.base.marginal = self.contrast, self.marginal
         self.base.begin_round()
 
     def begin_step(self, progress: float) -> None:

@@ -17,7 +17,7 @@ from fedssl.data.batches import ViewBatch
 from fedssl.data.modality import MODALITIES
 from fedssl.encoders import feature_width
 from fedssl.methods.base import Loss, Method, full_precision, project, projector, require
-from fedssl.prototypes import assignment_mass, nearest_counts, renormalise, swapped_prediction
+from fedssl.prototypes import observe, renormalise, swapped_prediction
 from fedssl.queues import Queue
 
 
@@ -72,6 +72,7 @@ class SwAV(Method):
         self.temperature = temperature
         self.equipartition = Equipartition(epsilon, iterations, modalities, tuple(blocks))
         self.num_blocks = self.equipartition.num_blocks(num_prototypes)
+        self.epsilon, self.equipartitions = epsilon, modalities == POOLED
         self.queues = [Queue(queue_length, width + 1) for _ in range(2)]  # the last column: modality
         self.held = nn.ModuleList(self.queues)
         self.frozen = frozen
@@ -94,15 +95,14 @@ class SwAV(Method):
             prototypes = self.prototypes.detach() if self.progress < self.frozen else self.prototypes
             scores = [point @ prototypes.T for point in points]
             memory = [self._recall(place) for place in range(2)]
-            codes, allowed = self.equipartition(scores[:2], batch.modality, memory)
+            codes, allowed = self.equipartition(scores[:2], batch.modality, memory, self.marginal)
             clustering = swapped_prediction(scores, codes, temperature=self.temperature, allowed=allowed)
         for place, point in enumerate(points[:2]):
             self._remember(place, point.detach(), batch.modality[place])
         return Loss(
             clustering,
             {"clustering": clustering.detach()},
-            mass=assignment_mass(scores[:2], temperature=self.temperature, allowed=allowed),
-            usage=nearest_counts(scores[:2], batch.modality, num_groups=len(MODALITIES), allowed=allowed),
+            observe(scores[:2], codes, temperature=self.temperature, allowed=allowed),
         )
 
     @torch.no_grad()

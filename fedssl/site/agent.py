@@ -1,31 +1,33 @@
 """The hospital's side of the federation: holds the images, trains a round, keeps its own state on its own disk."""
 
-import re
-import shutil
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Optimizer
 
 from fedssl import progress
 from fedssl.augment import Views
-from fedssl.checkpoint import load_tensors, save_tensors
+from fedssl.checkpoint import load_checkpoint
 from fedssl.data.batches import Batches
 from fedssl.data.cache import Subset
 from fedssl.errors import DataError
-from fedssl.methods.base import Method
+from fedssl.local.base import Correction, LocalRule
+from fedssl.marginals import column_log_sums, site_marginal
+from fedssl.methods.base import PROTOTYPES, Method
 from fedssl.optim import Schedule, load_optimizer_tensors, optimizer_tensors
-from fedssl.training import Round, autocast_for, train_round
+from fedssl.order import Order
+from fedssl.site.memory import Remembered, SiteMemory
+from fedssl.training import Round, Trained, autocast_for, sample_scores, train_round
 from fedssl.update import Update, load_shared_state, shared_state
 
-_FORGET_AFTER_S = 14 * 24 * 3600.0
-_RUN_NAME = re.compile(r"[0-9a-f]{8,64}")
 _SMALLEST_BATCH = 2
+_ENDLESS = 10**9  # steps of a round that ends by the clock
+_MARGINAL_IMAGES = 4096
 
 
 @dataclass(frozen=True)
@@ -35,55 +37,67 @@ class LocalWork:
     Attributes:
         batch_size: images in a batch.
         epochs: passes over the site's images in a round; may be a fraction.
+        steps: optimiser steps of a round instead of epochs, or None.
+        seconds: time for a round instead of epochs, or None; then nothing is equal bit for bit.
         seed: of the run.
         schedule: of the learning rate over the federation.
         pairing: where the two views of a row come from: ``image``, ``patient`` or ``series``.
         precision: ``auto``, ``bf16`` or ``float32``.
         threads: CPU threads; results on a CPU are equal bit for bit only at equal threads.
+        rule: against drift.
+        prototype_patients: a prototype leaves only when at least so many patients have images nearest to it.
     """
 
     batch_size: int
     epochs: float
+    steps: int | None
+    seconds: float | None
     seed: int
     schedule: Schedule
     pairing: str
     precision: str
     threads: int
+    rule: LocalRule
+    prototype_patients: int
 
 
 class SiteAgent:
-    """One site. Nothing but ``Update`` values leaves it.
+    """One site. Nothing but ``Update`` values, its image count and column sums leave it.
 
     Args:
         site: name of the site.
         images: its training images.
-        state_folder: where the site keeps its optimiser state between rounds.
+        memory: its state on its own disk between rounds.
         method: the method to train; its weights are replaced at each round.
         make_optimizer: makes a fresh optimiser for the method.
         views: makes augmented views.
         work: how to train a round.
         labels: [training images] their labels, empty where unknown; for methods that learn from labels.
+        own_start: checkpoint of the site's own pretraining, with which it joins; None: it starts as the server says.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all that belongs to a hospital
         self,
         site: str,
         images: Subset,
-        state_folder: Path,
+        memory: SiteMemory,
         method: Method,
         make_optimizer: Callable[[Method], Optimizer],
         views: Views,
         work: LocalWork,
         labels: np.ndarray,
+        *,
+        own_start: Path | None = None,
     ) -> None:
         self.site = site
         self.images = images
-        self.state_folder = state_folder
+        self.memory = memory
         self.method = method
         self.make_optimizer = make_optimizer
         self.views = views
         self.work = work
         self.labels = labels
+        self.own_start = own_start
 
     def check(self) -> None:
         """Refuse to take part without enough images.
@@ -106,16 +120,20 @@ class SiteAgent:
             )
 
     def train(
-        self, run: str, number: int, rounds: int, state: Mapping[str, Tensor], *, contrast: float = 1.0
+        self,
+        order: Order,
+        state: Mapping[str, Tensor],
+        *,
+        marginal: Float[Tensor, " prototypes"] | None = None,
+        potentials: Float[Tensor, " prototypes"] | None = None,
     ) -> Update:
-        """Train round ``number`` of ``rounds`` from the shared ``state`` and remember the optimiser on disk.
+        """Train one round from the shared ``state`` and remember optimiser and own weights on disk.
 
         Args:
-            run: random name of the run.
-            number: of the round, from 1.
-            rounds: of the federation.
+            order: which round of which run.
             state: the shared state.
-            contrast: factor of the method's contrastive term, 1 unless the server acts against collapse.
+            marginal: share of the site's samples that each prototype shall hold, as the server worked it out.
+            potentials: or how the columns stand after federated Sinkhorn, from which the site makes its own marginal.
 
         Raises:
             DataError: too few images, or the site's own state of the last round is damaged.
@@ -123,44 +141,105 @@ class SiteAgent:
         """
         self.check()
         torch.set_num_threads(self.work.threads)
-        load_shared_state(self.method, state)
-        self.method.contrast = contrast
-        optimizer = self.make_optimizer(self.method)
-        restarted = not self._recall(run, number - 1, optimizer)
-        place = Round(self.site, number, rounds, self.work.seed, self.work.schedule)
+        method, rule = self.method, self.work.rule
+        remembered = self._recall(order)
+        independent = remembered is None and order.last == 0 and self.own_start is not None
+        begun = self._own_state(state) if independent else state
+        own, scale = (remembered.own or None, remembered.scale) if remembered else (None, None)
+        begun, scale = rule.begin(begun, own, scale)
+        load_shared_state(method, begun)
+        method.contrast, method.marginal = order.contrast, marginal
+        if potentials is not None:
+            method.marginal = site_marginal(self.memory.scores(order).double(), potentials, epsilon=method.epsilon)
+        if method.marginal is not None:
+            method.marginal = method.marginal.float().to(next(method.parameters()).device)
+        optimizer = self.make_optimizer(method)
+        if remembered:
+            load_optimizer_tensors(optimizer, dict(remembered.optimizer))
+        trained = self._train(order, optimizer, state)
+        kept = shared_state(method)
+        own = kept if rule.remembers else {}
+        self.memory.remember(order, Remembered(optimizer_tensors(optimizer), own, scale))
+        return self._release(kept, state, trained, restarted=remembered is None, independent=independent)
+
+    def _train(self, order: Order, optimizer: Optimizer, received: Mapping[str, Tensor]) -> Trained:
+        work, method = self.work, self.method
+        place = Round(self.site, order.number, order.rounds, work.seed, work.schedule)
+        steps = work.steps if work.seconds is None else _ENDLESS
         batches = Batches(
-            self.images, self.work.batch_size, self.work.epochs, place.derived_seed("order"), self.work.pairing,
-            self.labels, self.method.classes,
+            self.images, work.batch_size, work.epochs, place.derived_seed("order"), work.pairing, self.labels,
+            method.classes, steps,
         )  # fmt: skip
-        device = next(self.method.parameters()).device
-        autocast = autocast_for(device, self.work.precision)
-        trained = train_round(self.method, optimizer, batches, self.views, place, autocast=autocast)
-        self._remember(run, number, optimizer)
+        device = next(method.parameters()).device
+        shared = [(name, value) for name, value in method.named_parameters() if name in received]
+        correction = Correction(work.rule, [value for _, value in shared], [received[n].to(device) for n, _ in shared])
+        autocast = autocast_for(device, work.precision)
+        return train_round(
+            method, optimizer, batches, self.views, place, autocast=autocast, correction=correction,
+            seconds=work.seconds,
+        )  # fmt: skip
+
+    def _release(
+        self,
+        state: dict[str, Tensor],
+        received: Mapping[str, Tensor],
+        trained: Trained,
+        *,
+        restarted: bool,
+        independent: bool,
+    ) -> Update:
+        """Choose what leaves: a prototype behind which too few patients stand goes back as it came, without counts."""
+        mass, usage = trained.mass, trained.usage
         metrics = trained.metrics | {"optimizer_restarted": float(restarted)}
-        return Update(self.site, shared_state(self.method), len(self.images), trained.mass, trained.usage, metrics)
+        if trained.support is not None and mass is not None and usage is not None:
+            released = trained.support >= self.work.prototype_patients
+            state[PROTOTYPES] = torch.where(released[:, None], state[PROTOTYPES], received[PROTOTYPES])
+            mass, usage = mass * released, usage * released
+            metrics["released_prototypes"] = float(released.sum())
+        return Update(self.site, state, len(self.images), trained.steps, mass, usage, metrics, independent)
 
-    def _recall(self, run: str, number: int, optimizer: Optimizer) -> bool:
-        """Load the optimiser as it was after round ``number``; False, with an alarm, if it is not there."""
-        path = self._state_file(run, number)
-        if number == 0:
-            return True
-        if not path.exists():
-            text = f"Site {self.site} lost its optimiser state of round {number}; it takes a fresh one."
+    def column_sums(
+        self, order: Order, state: Mapping[str, Tensor], potentials: Float[Tensor, " prototypes"] | None
+    ) -> Float[Tensor, " prototypes"]:
+        """Answer one iteration of federated Sinkhorn: see ``fedssl.marginals.column_log_sums``.
+
+        Args:
+            order: which round of which run.
+            state: the shared state; with it the site scores its images, up to 4,096 of them, anew. Empty: as before.
+            potentials: of the columns so far; None in the first iteration.
+
+        Raises:
+            DataError: too few images, or the scores of this round are lost.
+        """
+        self.check()
+        torch.set_num_threads(self.work.threads)
+        if state:
+            load_shared_state(self.method, state)
+            place = Round(self.site, order.number, order.rounds, self.work.seed, self.work.schedule)
+            self.memory.keep_scores(
+                order, sample_scores(self.method, self.images, self.views.edge, place, most=_MARGINAL_IMAGES)
+            )
+        return column_log_sums(self.memory.scores(order).double(), potentials, epsilon=self.method.epsilon)
+
+    def _recall(self, order: Order) -> Remembered | None:
+        """Take up the site's state of the last round that counted; None, with an alarm, if it is not there."""
+        remembered = self.memory.recall(order)
+        if remembered is None and order.last:
+            text = f"Site {self.site} lost its optimiser state of round {order.last}; it takes a fresh one."
             progress.publish(progress.Note(text, alarm=True))
-            return False
-        load_optimizer_tensors(optimizer, load_tensors(path)[0])
-        return True
+        return remembered
 
-    def _state_file(self, run: str, number: int) -> Path:
-        if not _RUN_NAME.fullmatch(run):  # it becomes a folder name: never trust what came by wire
-            raise DataError("was sent a run name that is no hexadecimal number; the server is not a fedssl server")
-        return self.state_folder / run / self.site / f"round_{number:05d}.safetensors"
+    def _own_state(self, received: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Read the shared state of the site's own pretraining.
 
-    def _remember(self, run: str, number: int, optimizer: Optimizer) -> None:
-        """Keep this round's optimiser and the one before, which a resumed server may ask for again."""
-        save_tensors(self._state_file(run, number), optimizer_tensors(optimizer), {"round": number}, "the site's state")
-        self._state_file(run, number - 2).unlink(missing_ok=True)
-        for other in self.state_folder.iterdir():
-            newest = max((path.stat().st_mtime for path in other.rglob("*")), default=0.0)
-            if other.name != run and time.time() - newest > _FORGET_AFTER_S:
-                shutil.rmtree(other, ignore_errors=True)
+        Raises:
+            DataError: it does not fit this federation.
+        """
+        assert self.own_start is not None
+        state = load_checkpoint(self.own_start).state
+        if {name: value.shape for name, value in state.items()} != {n: value.shape for n, value in received.items()}:
+            raise DataError(
+                "has a start of its own (start) that was trained with another encoder or method. Give a checkpoint of "
+                "the same encoder, method and heads, or none"
+            )
+        return state

@@ -121,12 +121,14 @@ def test_arms_see_equally_many_images(tiny, tmp_path):
 
 
 def test_the_single_site_arm_holds_images_of_one_site_only(tiny, hospitals, tmp_path):
-    from fedssl.build import open_images, participants
+    from fedssl.build_images import open_images, simulated_sites
 
     config = load([*tiny, "simulation.arms=[federated,single_site]"])
     arm = plan_arms(config, open_images(config), tiny)[1]
     alone = load(arm.overrides)
-    assert participants(alone, open_images(alone)) == {"EAST": ["EAST"]}
+    held = simulated_sites(alone, open_images(alone))
+    assert list(held) == ["EAST"]
+    assert set(held["EAST"].column("site")) == {"EAST"}
 
 
 def test_a_collapsed_run_says_so_loudly(tiny, tmp_path, heard):

@@ -9,6 +9,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from fedssl import progress, wire
 from fedssl.aggregation.mean import WeightedMean
 from fedssl.errors import ConfigError, FederationError
+from fedssl.order import Order
+from fedssl.packing import pack
 from fedssl.update import Update
 from server.exchange import Plan
 from server.rounds import RoundResult, run_rounds
@@ -19,7 +21,7 @@ _START = {"w": torch.zeros(3), "prototypes": torch.eye(2)}
 
 def _honest(site, value, **changed):
     state = {"w": torch.full((3,), float(value)), "prototypes": torch.eye(2)}
-    plain = {"site": site, "state": state, "examples": 10, "mass": torch.ones(2), "usage": torch.ones(2)}
+    plain = {"site": site, "state": state, "examples": 10, "steps": 1, "mass": torch.ones(2), "usage": torch.ones(2)}
     return wire.write_update(Update(**(plain | changed), metrics={"loss": 1.0, "images": 10.0}))
 
 
@@ -27,7 +29,7 @@ def test_counts_of_prototypes_for_a_method_without_any_are_refused_and_the_round
     start = {"w": torch.zeros(3)}
 
     def site(name, **counts):
-        update = Update(name, start, 10, counts.get("mass"), counts.get("usage"), {"loss": 1.0, "images": 10.0})
+        update = Update(name, start, 10, 1, counts.get("mass"), counts.get("usage"), {"loss": 1.0, "images": 10.0})
         return wire.write_update(update)
 
     answers = {"good-1": site("good-1"), "good-2": site("good-2")}
@@ -54,6 +56,7 @@ def _run(answers, start=None, **changed):
     plan = Plan(
         **(
             {"run": "ab" * 8, "rounds": 1, "fingerprint": "f", "min_sites": 2, "deadline_s": 1.0, "wait_s": 0.1}
+            | {"largest_change": 100.0}
             | changed
         )
     )
@@ -120,7 +123,7 @@ def test_a_broken_answer_to_the_roll_call_leaves_that_node_out_and_the_rest_goes
 
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     nodes = {number: {"site": site} for number, site in enumerate(("evil", "a", "b"), 2)}
-    plan = Plan("ab" * 8, 1, "f", 2, 1.0, 0.1)
+    plan = Plan("ab" * 8, 1, "f", 2, 1.0, 0.1, largest_change=100.0)
     result = next(run_rounds(InProcessGrid(client_app, nodes, {}), RoundResult(0, dict(_START)), plan, WeightedMean()))
     assert set(result.metrics) == {"a", "b"}
 
@@ -170,7 +173,7 @@ def test_an_answer_that_never_comes_is_named_after_the_deadline():
 
 
 def test_a_site_with_another_configuration_is_refused_with_both_sides_named():
-    order = wire.write_order(wire.Order("ab" * 8, 1, 1, "server-config"), _START)
+    order = wire.write_order(Order("ab" * 8, 1, 1, "server-config"), pack(_START))
     with pytest.raises(ConfigError, match=r"site-config.*server-config"):
         wire.read_order(order, "site-config")
 
@@ -182,8 +185,8 @@ def test_eight_sites_that_change_nothing_leave_the_state_as_it_was():
         site = str(context.node_config["site"])
         if message.metadata.message_type == "query":
             return Message(wire.write_presence(site, {"images": 10}), reply_to=message)
-        _, received = wire.read_order(message.content, "f")
-        update = Update(site, received, 10, torch.ones(2), torch.ones(2), {"loss": 1.0, "images": 10.0})
+        received = wire.read_order(message.content, "f").state
+        update = Update(site, received, 10, 1, torch.ones(2), torch.ones(2), {"loss": 1.0, "images": 10.0})
         return Message(wire.write_update(update), reply_to=message)
 
     from flwr.supercore.task_identity import TaskIdentity

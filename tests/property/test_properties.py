@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from fedssl import wire
 from fedssl.aggregation import prototypes as prototype_rules
-from fedssl.aggregation.mean import RunningSum, WeightedMean
+from fedssl.aggregation.mean import WeightedMean
 from fedssl.aggregation.prototypes import PrototypeSum
 from fedssl.data.pairing import epoch_order
 from fedssl.evaluation.statistics import weighted_auroc
 from fedssl.optim import Schedule
+from fedssl.packing import pack, unpack
 from fedssl.prototypes import perplexity, sinkhorn
 
 settings.register_profile("torch", deadline=None, max_examples=50, derandomize=True)
@@ -81,8 +81,8 @@ def test_the_wire_returns_every_dtype_and_shape_unchanged(tensors, seed):
     state = {
         f"t{i}": torch.randint(0, 2, shape, generator=generator).to(dtype) for i, (dtype, shape) in enumerate(tensors)
     }
-    arrays, layout = wire.pack(state)
-    back = wire.unpack(arrays, layout)
+    arrays, layout = pack(state)
+    back = unpack(arrays, layout)
     assert back.keys() == state.keys()
     assert len(arrays) == len({value.dtype for value in state.values()})
     for name, value in state.items():
@@ -103,10 +103,10 @@ def test_the_mean_does_not_depend_on_the_order_of_sites_and_keeps_keys_shapes_an
     sites = _sites(seed, count)
     results = []
     for order in itertools.islice(itertools.permutations(sites), 6):
-        total = RunningSum()
+        total = WeightedMean().start()
         for state, examples in order:
-            WeightedMean().fold(total, state, examples)
-        results.append(WeightedMean().finish(total, sites[0][0]))
+            WeightedMean().fold(total, state, {}, examples=examples, steps=1)
+        results.append(WeightedMean().finish(total, sites[0][0], {})[0])
     for result in results:
         assert {name: (value.shape, value.dtype) for name, value in result.items()} == {
             name: (value.shape, value.dtype) for name, value in sites[0][0].items()
@@ -115,10 +115,10 @@ def test_the_mean_does_not_depend_on_the_order_of_sites_and_keeps_keys_shapes_an
 
 
 def test_the_mean_of_two_sites_is_what_a_person_computes():
-    total = RunningSum()
-    WeightedMean().fold(total, {"w": torch.tensor([0.0, 4.0])}, 1)
-    WeightedMean().fold(total, {"w": torch.tensor([4.0, 8.0])}, 3)
-    assert WeightedMean().finish(total, {"w": torch.zeros(2)})["w"].tolist() == [3.0, 7.0]
+    total = WeightedMean().start()
+    WeightedMean().fold(total, {"w": torch.tensor([0.0, 4.0])}, {}, examples=1, steps=1)
+    WeightedMean().fold(total, {"w": torch.tensor([4.0, 8.0])}, {}, examples=3, steps=1)
+    assert WeightedMean().finish(total, {"w": torch.zeros(2)}, {})[0]["w"].tolist() == [3.0, 7.0]
 
 
 def test_prototypes_are_averaged_by_mass_and_one_without_mass_stays():

@@ -13,11 +13,11 @@ from lightly.loss.swav_loss import sinkhorn as lightly_sinkhorn
 from sklearn.metrics import normalized_mutual_info_score
 from torch import nn
 
-from fedssl.clustering import Equipartition, Memory, modality_information
+from fedssl.clustering import Equipartition, Memory, cluster_information
 from fedssl.data.modality import CT, MODALITIES, MR, ULTRASOUND
 from fedssl.methods.contrastive_clustering import ContrastiveClustering
 from fedssl.methods.swav import SwAV
-from fedssl.prototypes import assignment_mass, nearest_counts, swapped_prediction
+from fedssl.prototypes import counts_by_group, observe, swapped_prediction
 
 BLOCKS = {CT: [0, 1, 2], MR: [3, 4], ULTRASOUND: [5, 6]}  # of seven prototypes; the other modalities own none
 
@@ -49,10 +49,12 @@ def _equipartition(modalities, **changed):
 def _clustered(equipartition, views, modality, memory=()):
     """Loss, mass and usage of one batch, as the methods put them together."""
     codes, allowed = equipartition(views[:2], modality, memory)
+    seen = observe(views[:2], codes, temperature=0.1, allowed=allowed)
+    count = views[0].shape[1]
     return SimpleNamespace(
         loss=swapped_prediction(views, codes, temperature=0.1, allowed=allowed),
-        mass=assignment_mass(views[:2], temperature=0.1, allowed=allowed),
-        usage=nearest_counts(views[:2], modality, num_groups=len(MODALITIES), allowed=allowed),
+        mass=seen.mass,
+        usage=counts_by_group(seen.nearest, modality, num_groups=len(MODALITIES), num_prototypes=count),
     )
 
 
@@ -182,15 +184,15 @@ def test_codes_of_each_modality_at_convergence_are_the_optimal_transport_plan_of
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_modality_information_is_the_normalised_mutual_information_of_scikit_learn(seed):
+def test_cluster_information_is_the_normalised_mutual_information_of_scikit_learn(seed):
     counts = np.random.default_rng(seed).integers(0, 6, (5, 9)) * (np.arange(5)[:, None] != seed)
     modality, cluster = (np.repeat(numbers.ravel(), counts.ravel()) for numbers in np.indices(counts.shape))
     expected = normalized_mutual_info_score(modality, cluster, average_method="min")
-    assert modality_information(torch.tensor(counts).float()) == pytest.approx(expected, abs=1e-10)
+    assert cluster_information(torch.tensor(counts).float()) == pytest.approx(expected, abs=1e-10)
 
 
 def test_images_of_one_modality_have_no_modality_to_tell():
-    assert modality_information(torch.ones(1, 6)) is None
+    assert cluster_information(torch.ones(1, 6)) is None
 
 
 @shared.in_both_precisions

@@ -13,6 +13,7 @@ from fedssl.data.batches import Batches, ViewBatch
 from fedssl.errors import ConfigError, FederationError
 from fedssl.methods.simclr import SimCLR
 from fedssl.optim import Schedule
+from fedssl.order import Order
 
 _SMALL = ["data.root=.", "encoder=tiny", "heads.num_prototypes=8", "heads.hidden=16", "heads.width=8"]
 
@@ -100,7 +101,7 @@ def test_a_term_that_a_method_does_not_declare_never_leaves_the_site(hospital, t
     from fedssl.update import shared_state
 
     with pytest.raises(FederationError, match="does not declare"):
-        agent.train("ab" * 8, 1, 2, shared_state(agent.method))
+        agent.train(Order("ab" * 8, 1, 2, "f"), shared_state(agent.method))
 
 
 def test_a_round_with_stochastic_depth_is_a_function_of_its_seed(hospital, tiny):
@@ -111,7 +112,7 @@ def test_a_round_with_stochastic_depth_is_a_function_of_its_seed(hospital, tiny)
     ends = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        ends.append(build_agent(settings, hospital).train("ab" * 8, 1, 2, start).state)
+        ends.append(build_agent(settings, hospital).train(Order("ab" * 8, 1, 2, "f"), start).state)
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in start)
     assert any(not torch.equal(ends[0][name], start[name]) for name in start)
 

@@ -1,5 +1,7 @@
 """Encoders, the default method, and what of it may leave a site."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -76,8 +78,9 @@ def test_the_loss_is_the_weighted_sum_of_its_named_terms():
     loss = _method(contrastive_weight=0.5, clustering_weight=2.0).loss(_batch(8))
     expected = 0.5 * loss.terms["contrastive"] + 2.0 * loss.terms["clustering"]
     torch.testing.assert_close(loss.total.detach(), expected)
-    assert loss.mass.sum().item() == pytest.approx(8, abs=1e-4)
-    assert loss.usage.sum().item() == 8
+    assert loss.clusters.mass.sum().item() == pytest.approx(8, abs=1e-4)
+    assert loss.clusters.nearest.shape == (2, 8)
+    assert 0.0 <= loss.clusters.code_entropy.item() <= math.log(8)
 
 
 def test_prototypes_have_length_one_after_every_step():

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from fedssl import wire
 from fedssl.errors import ConfigError
 from fedssl.methods.contrastive_clustering import ContrastiveClustering
+from fedssl.order import Order
 from fedssl.prototypes import reseed
 from server.remedy import Remedy
 from server.rounds import RoundResult
@@ -138,11 +139,11 @@ def test_reseeding_with_random_shares_keeps_the_sphere_and_counts_the_dead():
 
 def test_a_site_refuses_an_absurd_contrast():
     for value in (0.5, 100.0, float("nan")):
-        order = wire.write_order(wire.Order("ab" * 8, 1, 2, "f", value), None)
+        order = wire.write_order(Order("ab" * 8, 1, 2, "f", value), None)
         with pytest.raises(ConfigError, match="contrastive term"):
             wire.read_order(order, "f")
-    order = wire.write_order(wire.Order("ab" * 8, 1, 2, "f", 4.0), None)
-    assert wire.read_order(order, "f")[0].contrast == 4.0
+    order = wire.write_order(Order("ab" * 8, 1, 2, "f", 4.0), None)
+    assert wire.read_order(order, "f").order.contrast == 4.0
 
 
 def test_the_default_methods_contrastive_term_takes_the_factor():

@@ -7,7 +7,7 @@ import torch
 
 from fedssl.collapse import diagnose, rank_me
 from fedssl.errors import UpdateRefused
-from fedssl.update import Update, check_update
+from fedssl.update import Limits, Update, change_of, check_update, cosine_to
 
 
 def _update(**changed):
@@ -16,6 +16,7 @@ def _update(**changed):
         "site": "A",
         "state": state,
         "examples": 5,
+        "steps": 2,
         "mass": torch.ones(3),
         "usage": torch.ones(3),
         "metrics": {"loss": 1.0, "images": 4.0},
@@ -39,16 +40,34 @@ _REFERENCE = {"w": torch.zeros(2), "prototypes": torch.eye(3)}
         ({"examples": 0}, "0 images"),
         ({"metrics": {"loss": float("inf"), "images": 1.0}}, "not finite"),
         ({"metrics": {"images": 1.0}}, "lack loss"),
+        ({"steps": 0}, "0 steps"),
+        ({"examples": 21}, "21 images"),
+        ({"mass": torch.full((3,), 2.0)}, "counts 6 images where it trained on 4"),
+        ({"usage": torch.full((3,), 1e30)}, "counts 3e.30 images"),
+        ({"state": {"w": torch.zeros(2), "prototypes": 1000.0 * torch.eye(3)}}, "999 times their norm"),
+        ({"state": {"w": torch.full((2,), 1e30), "prototypes": torch.eye(3)}}, "times their norm"),
     ],
 )
 def test_an_update_that_cannot_be_averaged_is_refused_and_the_site_named(changed, reason):
     with pytest.raises(UpdateRefused, match=reason) as refused:
-        check_update(_update(**changed), _REFERENCE, {"contrastive"})
+        check_update(_update(**changed), _REFERENCE, Limits(frozenset({"contrastive"}), examples=20))
     assert refused.value.site == "A"
 
 
 def test_a_good_update_passes():
-    check_update(_update(), _REFERENCE, ())
+    assert check_update(_update(), _REFERENCE, Limits()) == 0.0
+
+
+def test_the_change_of_the_weights_is_told_in_norms_of_the_weights():
+    before, after = (
+        {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0])},
+        {"a": torch.tensor([3.0, 5.0]), "b": torch.zeros(1)},
+    )
+    assert change_of(after, before) == pytest.approx(41**0.5 / 5)
+    assert cosine_to(after, before) == pytest.approx(9 / (5 * 34**0.5))
+    nothing = {"a": torch.zeros(2)}
+    assert change_of(nothing, nothing) == 0.0
+    assert change_of({"a": torch.ones(2)}, nothing) == math.inf
 
 
 def test_rank_me_is_the_number_of_equal_directions():

@@ -1,0 +1,69 @@
+"""Coordinate-wise trimmed mean (Yin et al. 2018, arXiv 1803.01498, algorithm 1, option II).
+
+Of each weight the ``hostile`` largest and smallest values are dropped and the others averaged, so that as many hostile
+sites, whatever they send, cannot move it beyond what the others sent. All sites count the same: a number of images is
+a claim.
+"""
+
+from functools import partial
+
+from jaxtyping import Float
+from torch import Tensor
+
+from fedssl.aggregation.base import Aggregator, State
+from fedssl.aggregation.spool import Spool
+from fedssl.errors import ConfigError, FederationError
+
+
+class TrimmedMean(Aggregator):
+    """The mean without the extremes. Remembers nothing.
+
+    Args:
+        hostile: sites to hold off; more than twice as many must answer.
+
+    Raises:
+        ConfigError: ``hostile`` is no whole number above 0.
+    """
+
+    robust = True
+
+    def __init__(self, hostile: int = 1) -> None:
+        if type(hostile) is not int or hostile < 1:
+            raise ConfigError(
+                f"aggregation.hostile={hostile} must be a whole number of at least 1; "
+                "to hold off no site choose aggregation=mean."
+            )
+        self.hostile = hostile
+        self.least_sites = 2 * hostile + 1
+
+    def start(self) -> Spool:
+        """Begin with an empty spool."""
+        return Spool()
+
+    def fold(self, total: Spool, state: State, reference: State, *, examples: int, steps: int) -> None:  # noqa: ARG002
+        """Keep one site's state until all are there."""
+        total.add(state)
+
+    def finish(
+        self,
+        total: Spool,
+        reference: State,
+        memory: State,  # noqa: ARG002 - a trimmed mean has none
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the trimmed mean.
+
+        Raises:
+            FederationError: too few sites answered.
+        """
+        if total.sites < self.least_sites:
+            raise FederationError(
+                f"{total.sites} sites answered well, and a trimmed mean with aggregation.hostile={self.hostile} needs "
+                f"{self.least_sites}. Lower aggregation.hostile, or add sites."
+            )
+        return total.combine(partial(trimmed_mean, hostile=self.hostile), reference), {}
+
+
+def trimmed_mean(block: Float[Tensor, "sites columns"], hostile: int) -> Float[Tensor, " columns"]:
+    """Return the mean of each column without its ``hostile`` largest and smallest values."""
+    kept = block.sort(0).values[hostile : len(block) - hostile]  # nan is last, so that it counts as the largest
+    return (kept / len(kept)).sum(0).clamp(kept[0], kept[-1])  # rounding must not leave the range of the kept
