@@ -29,7 +29,13 @@ def site_marginals(members: Mapping[str, Member], mass: Mapping[str, Tensor]) ->
 
 
 def federated_sinkhorn(
-    grid: Grid, members: Mapping[str, Member], packed: Packed, prototypes: int, order: Order, plan: Plan
+    grid: Grid,
+    members: Mapping[str, Member],
+    packed: Packed,
+    prototypes: int,
+    order: Order,
+    plan: Plan,
+    deadline: float,
 ) -> tuple[Guides, dict[str, str]]:
     """Run the iterations of Sinkhorn over all sites' images; only sums over a site's images travel.
 
@@ -39,7 +45,8 @@ def federated_sinkhorn(
         packed: the shared state, sent with the first iteration.
         prototypes: K.
         order: of the round.
-        plan: deadline and iterations.
+        plan: iterations.
+        deadline: of the round.
 
     Returns:
         The potentials of the columns for every site that answered each time, and why the others did not.
@@ -52,7 +59,7 @@ def federated_sinkhorn(
         contents = {member.node: content for member in there.values()}
         kind = f"{MessageType.QUERY}.{COLUMN_SUMS}"
         sums: dict[str, Tensor] = {}
-        for site, (_, answer) in zip(list(there), ask(grid, contents, kind, plan, plan.deadline_s), strict=True):
+        for site, (_, answer) in zip(list(there), ask(grid, contents, kind, plan, deadline), strict=True):
             told = _read(answer, prototypes)
             if isinstance(told, Tensor):
                 sums[site] = told

@@ -23,7 +23,7 @@ class Plan:
         fingerprint: of the configuration.
         min_sites: quorum of a round.
         deadline_s: of a round.
-        wait_s: for sites to connect, and for new ones to say who they are.
+        wait_s: for sites to connect.
         terms: names of the terms of the method's loss.
         sites: names of those who may take part; empty: whoever connects.
         participation: share of the sites that train in a round.
@@ -63,30 +63,29 @@ def push(grid: Grid, contents: Mapping[int, RecordDict], kind: str, plan: Plan) 
     return dict(zip(contents, ids, strict=True))
 
 
-def pull(grid: Grid, message_id: str, deadline: float) -> Message | None:
-    """Wait for the answer to one message until the deadline; None if it did not come or was never sent."""
+def pull(grid: Grid, message_id: str, deadline: float = 0.0) -> Message | None:
+    """Wait for the answer to one message until the deadline, by ``time.monotonic``; None if it is not there by then."""
     while message_id:
         for answer in grid.pull_messages([message_id]):
             return answer
         if time.monotonic() > deadline:
             return None
         time.sleep(_POLL_S)
-    return None
+    return None  # it was never sent
 
 
 def ask(
-    grid: Grid, contents: Mapping[int, RecordDict], kind: str, plan: Plan, seconds: float
+    grid: Grid, contents: Mapping[int, RecordDict], kind: str, plan: Plan, deadline: float
 ) -> Iterator[tuple[int, Message | None]]:
     """Send each node its content and give the answers one by one, in the order given; None for those not in time."""
-    deadline = time.monotonic() + seconds
     for node, message_id in push(grid, contents, kind, plan).items():
         yield node, pull(grid, message_id, deadline)
 
 
-def failure(answer: Message | None, what: str = "the deadline (federation.deadline_s)") -> str:
+def failure(answer: Message | None) -> str:
     """Say why there is no content. Flower's own error text is left out: it names the wrong node and may hold a path."""
     if answer is None:
-        return f"did not answer before {what}"
+        return "did not answer before the deadline (federation.deadline_s)"
     return f"failed before it could answer (Flower error {answer.error.code}); its own log says more"
 
 

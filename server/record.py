@@ -47,7 +47,8 @@ class Recorder:
         weights = {site: metrics["images"] for site, metrics in result.metrics.items()}
         loss = sum(result.metrics[site]["loss"] * weight for site, weight in weights.items()) / sum(weights.values())
         for site, metrics in result.metrics.items():
-            self.folder.record_site(result.number, site, metrics)
+            drift = {"change": result.change[site], "cosine": result.cosine[site]}
+            self.folder.record_site(result.number, site, {**metrics, **drift})
         row: dict[str, Any] = {
             "round": result.number,
             "train/loss": loss,
@@ -60,8 +61,6 @@ class Recorder:
             "federation/sites": sorted(result.metrics),
             "federation/failed": result.failed,
             "federation/absent": result.absent,
-            "federation/change": result.change,
-            "federation/cosine": result.cosine,
             "comm/bytes_up": result.bytes_up,
             "comm/bytes_down": result.bytes_down,
         }

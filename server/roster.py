@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from fedssl import progress, wire
 from fedssl.errors import FederationError
 from fedssl.order import Order
-from server.exchange import Plan, ask, failure, require
+from server.exchange import Plan, failure, pull, push, require
 
 _GONE = "is not connected"
 _SECOND = "is the second node that says it is this site; stop one"
@@ -43,37 +43,52 @@ class Roster:
         self.plan = plan
         self.absent: dict[str, str] = {}
         self._members: dict[str, Member] = {}
-        self._silent: set[int] = set()
+        self._asked: dict[int, str] = {}  # nodes that have not answered yet, with the message
 
     def open(self) -> None:
-        """Wait for enough nodes and ask each who it is.
+        """Wait for enough nodes and ask each who it is; one that is slow to answer may come in later.
 
         Raises:
             FederationError: too few sites can take part; each other one is named with the reason.
         """
         self._ask(_wait_for_nodes(self.grid, self.plan))
+        self._listen(time.monotonic() + self.plan.deadline_s)
+        for node in self._asked:
+            self._note_absent(f"node {node}", failure(None))
         require(self.plan.min_sites, self._members, self.absent, "take part")
         progress.publish(progress.Note(f"{len(self._members)} sites take part: {', '.join(sorted(self._members))}"))
 
     def refresh(self) -> None:
-        """Before a round: ask nodes that are new or could not take part, and notice those that are gone."""
-        nodes = set(self.grid.get_node_ids())
-        self._silent &= nodes
-        known = {member.node for member in self._members.values()}
-        before = set(self._members)
-        self._ask(sorted(nodes - known - self._silent), connected=nodes)
-        for site in sorted(set(self._members) - before):
-            progress.publish(progress.Note(f"Site {site} takes part from now on"))
+        """Before a round: let in who came late, and notice who is gone; wait only while the quorum is not there."""
+        deadline = time.monotonic() + self.plan.wait_s
+        while True:
+            self._look()
+            if len(self._there()) >= self.plan.min_sites or time.monotonic() > deadline:
+                return
+            time.sleep(_LISTEN_S)
+
+    def _look(self) -> None:
+        nodes, before = set(self.grid.get_node_ids()), set(self._members)
+        self._asked = {node: message for node, message in self._asked.items() if node in nodes}
         for site, member in self._members.items():
             if member.node not in nodes:
                 self._note_absent(site, _GONE)
+            elif self.absent.pop(site, None):
+                progress.publish(progress.Note(f"Site {site} is back"))
+        self._ask(sorted(nodes - {member.node for member in self._members.values()} - set(self._asked)))
+        self._listen()
+        for site in sorted(set(self._members) - before):
+            progress.publish(progress.Note(f"Site {site} takes part from now on"))
+
+    def _there(self) -> dict[str, Member]:
+        return {site: member for site, member in self._members.items() if site not in self.absent}
 
     def choose(self, number: int) -> dict[str, Member]:
         """Choose the sites of a round, by name: a seeded sample of those that are there, no smaller than the quorum.
 
         Site and round alone decide, so that a resumed run chooses as an undisturbed one.
         """
-        there = {site: member for site, member in self._members.items() if site not in self.absent}
+        there = self._there()
         count = max(self.plan.min_sites, math.ceil(self.plan.participation * len(there) - 1e-9))
 
         def draw(site: str) -> bytes:
@@ -81,34 +96,36 @@ class Roster:
 
         return {site: there[site] for site in sorted(sorted(there, key=draw)[:count])}
 
-    def _ask(self, nodes: Collection[int], connected: Collection[int] | None = None) -> None:
+    def _ask(self, nodes: Collection[int]) -> None:
         order = wire.write_order(Order(self.plan.run, 0, self.plan.rounds, self.plan.fingerprint), None)
-        contents = dict.fromkeys(nodes, order)
-        named = set()
-        for node, message in ask(self.grid, contents, MessageType.QUERY, self.plan, self.plan.wait_s):
+        if nodes:
+            self._asked |= push(self.grid, dict.fromkeys(nodes, order), MessageType.QUERY, self.plan)
+
+    def _listen(self, deadline: float = 0.0) -> None:
+        """Take the answers that are there by ``deadline``."""
+        for node, message_id in list(self._asked.items()):
+            message = pull(self.grid, message_id, deadline)
+            if message is None and message_id:
+                continue
+            del self._asked[node]
             answer = _read_presence(message, node)
-            if message is None:
-                self._silent.add(node)
             if not isinstance(answer, wire.Refusal):
-                answer = self._enter(answer, node, connected)
+                answer = self._enter(answer, node)
             if isinstance(answer, wire.Refusal):
                 self._note_absent(answer.site, answer.reason)
-                named.add(answer.site)
         for site in self.plan.sites:
             if site not in self._members and site not in self.absent:
                 self._note_absent(site, _GONE)
 
-    def _enter(
-        self, answer: wire.Presence, node: int, connected: Collection[int] | None
-    ) -> wire.Presence | wire.Refusal:
+    def _enter(self, answer: wire.Presence, node: int) -> wire.Presence | wire.Refusal:
         """Enter a site, unless it is not on the list or there already."""
         if self.plan.sites and answer.site not in self.plan.sites:
             return wire.Refusal(answer.site, "is not on the list of sites (federation.sites)")
-        earlier = self._members.get(answer.site)
-        if earlier is not None and (connected is None or earlier.node in connected):
+        if answer.site in self._there():
             return wire.Refusal(f"{answer.site} (again)", _SECOND)
         self._members[answer.site] = Member(node, answer.images)
-        self.absent.pop(answer.site, None)
+        for name in (answer.site, f"node {node}"):
+            self.absent.pop(name, None)
         return answer
 
     def _note_absent(self, site: str, reason: str) -> None:
@@ -120,7 +137,7 @@ class Roster:
 
 def _read_presence(answer: Message | None, node: int) -> wire.Presence | wire.Refusal:
     if answer is None or not answer.has_content():
-        return wire.Refusal(f"node {node}", failure(answer, "the roll call ended (federation.wait_s)"))
+        return wire.Refusal(f"node {node}", failure(answer))
     try:
         return wire.read_presence(answer.content)
     except FederationError as error:

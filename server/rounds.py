@@ -6,6 +6,7 @@ is first; those that wait stay at the SuperLink, and the server's memory does no
 """
 
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -122,6 +123,7 @@ class _Round:
         self.members = roster.choose(number)
         self.before = before
         self.plan = plan
+        self.deadline = time.monotonic() + plan.deadline_s
         self.packed = pack(before.state, plan.precision)
         self.received = before.state if plan.precision == FULL else unpack(*self.packed)
         self.result = RoundResult(
@@ -135,7 +137,7 @@ class _Round:
         contents = self._contents(self._guides())
         result.bytes_down += sum(size_in_bytes(content) for content in contents.values())
         sites = {member.node: site for site, member in self.members.items()}
-        for node, answer in ask(self.grid, contents, MessageType.TRAIN, plan, plan.deadline_s):
+        for node, answer in ask(self.grid, contents, MessageType.TRAIN, plan, self.deadline):
             try:
                 update = self._receive(answer, sites[node])
             except UpdateRefused as refusal:
@@ -159,7 +161,9 @@ class _Round:
         if self.plan.equipartition != FEDERATED_SINKHORN:
             return {}
         count = len(self.before.state[PROTOTYPES])
-        guides, failed = federated_sinkhorn(self.grid, self.members, self.packed, count, self._order(""), self.plan)
+        guides, failed = federated_sinkhorn(
+            self.grid, self.members, self.packed, count, self._order(""), self.plan, self.deadline
+        )
         self.result.failed |= failed
         self.result.bytes_down += self.packed[0].count_bytes() * len(self.members)
         self.members = {site: member for site, member in self.members.items() if site not in failed}

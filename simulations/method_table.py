@@ -32,7 +32,7 @@ def main(overrides: Sequence[str]) -> None:
             run = folder / f"{method}-{seed}"
             if not (run / RESULTS).exists():
                 _train(overrides, method, seed, run)
-            cells += list(_cells(run, method, seed))
+            cells += list(scores_of(run, method, seed))
             print(f"{method} seed {seed}: done", file=sys.stderr, flush=True)  # noqa: T201 - a script
     write_json(folder / "methods.json", cells, "the table")
     print(table(cells))  # noqa: T201 - a script
@@ -46,7 +46,7 @@ def _train(overrides: Sequence[str], method: str, seed: int, run: Path) -> None:
     evaluate_run(run, changed={"fractions": list(FRACTIONS)})
 
 
-def _cells(run: Path, method: str, seed: int) -> Iterator[dict[str, Any]]:
+def scores_of(run: Path, method: str, seed: int) -> Iterator[dict[str, Any]]:
     """AUROC of the trained and of the random encoder by domain and share of labels, with the signs of collapse."""
     rounds = [json.loads(line) for line in (run / "round_metrics.jsonl").read_text().splitlines()]
     collapsed = sorted(rounds[-1]["ssl/collapse"])

@@ -23,11 +23,13 @@ def match(
 ) -> tuple[Int[Tensor, " prototypes"], Bool[Tensor, " prototypes"]]:
     """Find the order of ``own`` with the largest sum of cosines to ``reference``.
 
+    Cosines below ``similar`` count as 0: a cluster that only one side has must not push others from their places.
+
     Returns:
         For each reference prototype its partner among ``own``, and whether their cosine is at least ``similar``.
     """
     cosine = F.normalize(reference.double(), dim=1) @ F.normalize(own.double(), dim=1).T
-    rows, columns = linear_sum_assignment(cosine.numpy(), maximize=True)
+    rows, columns = linear_sum_assignment(cosine.where(cosine >= similar, 0.0).numpy(), maximize=True)
     partner = torch.from_numpy(columns).long()
     return partner, cosine[torch.from_numpy(rows).long(), partner] >= similar
 

@@ -17,13 +17,17 @@ _SITE_PANELS = (
     ("loss", "loss"),
     ("contrastive", "contrastive"),
     ("clustering", "swapped prediction"),
+    ("code_entropy", "entropy of the codes (nats)"),
     ("effective_prototypes", "effective prototypes"),
+    ("released_prototypes", "prototypes released to the others"),
     ("modality_nmi", "clusters' information on modality"),
     ("rankme", "RankMe (effective dimensions)"),
+    ("change", "change of the weights (of their norm)"),
+    ("cosine", "cosine to the shared weights"),
     ("images_per_s", "images / s"),
 )
 
-_NOT_DRAWN = {"round", "site", "images", "seconds", "data_wait", "optimizer_restarted"}
+_NOT_DRAWN = {"round", "site", "images", "steps", "seconds", "data_wait", "optimizer_restarted"}
 
 
 def label_efficiency(scores: Sequence[Mapping[str, Any]], *, probe: str) -> str:

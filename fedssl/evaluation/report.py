@@ -136,6 +136,8 @@ def _alarms(round_rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if round_rows:
         for site, signs in round_rows[-1]["ssl/collapse"].items():
             alarms.append(f"Site {site} has collapsed: {'; '.join(signs)}.")
+        absent = round_rows[-1]["federation/absent"]
+        alarms += [f"Site {site} does not take part: it {reason}." for site, reason in absent.items()]
     for row in round_rows:
         alarms += [f"Round {row['round']}: site {site} {reason}." for site, reason in row["federation/failed"].items()]
     return alarms
