@@ -90,7 +90,7 @@ def unpack(
 
 
 def _widened(values: np.ndarray, precision: str) -> Tensor:
-    flat = torch.from_numpy(np.array(values))
+    flat = torch.from_numpy(values if values.flags.writeable else values.copy())
     if precision == FULL:
         return flat
     if precision not in HALVES:

@@ -35,12 +35,9 @@ def main(grid: Grid, context: Context) -> None:
     folder.save_config(config)
     if checkpoint is None:
         checkpoint = Checkpoint(first_state(config, method), secrets.token_hex(8), 0, fingerprint)
-    plan = _plan(config, checkpoint, method)
-    collapse = config["collapse"]
-    remedy = Remedy(
-        plan.rounds, method.num_prototypes, method.num_blocks, method.width, config["seed"], collapse["reseed"],
-        collapse["contrast"],
-    )  # fmt: skip
+    plan = _plan(config, checkpoint, method, aggregator.least_sites)
+    remedy = _remedy(config, method)
+    del method  # a whole model, of no use from here on
     with Recorder(folder, checkpoint, rounds=plan.rounds, patience=config["federation"]["patience"]) as recorder:
         results = run_rounds(grid, _start(checkpoint), plan, aggregator, remedy.treat)
         while not recorder.checkpoint.stopped and (result := next(results, None)):
@@ -51,6 +48,14 @@ def main(grid: Grid, context: Context) -> None:
             progress.publish(progress.Note(text))
 
 
+def _remedy(config: Config, method: Method) -> Remedy:
+    collapse = config["collapse"]
+    return Remedy(
+        config["federation"]["rounds"], method.num_prototypes, method.num_blocks, method.width, config["seed"],
+        collapse["reseed"], collapse["contrast"],
+    )  # fmt: skip
+
+
 def _start(checkpoint: Checkpoint) -> RoundResult:
     """Stand where the last round left off."""
     return RoundResult(
@@ -59,10 +64,10 @@ def _start(checkpoint: Checkpoint) -> RoundResult:
     )  # fmt: skip
 
 
-def _plan(config: Config, checkpoint: Checkpoint, method: Method) -> Plan:
+def _plan(config: Config, checkpoint: Checkpoint, method: Method, least_sites: int) -> Plan:
     federation = config["federation"]
     return Plan(
-        checkpoint.run, federation["rounds"], checkpoint.fingerprint, federation["min_sites"],
+        checkpoint.run, federation["rounds"], checkpoint.fingerprint, max(federation["min_sites"], least_sites),
         federation["deadline_s"], federation["wait_s"], frozenset(method.terms), tuple(federation["sites"] or ()),
         federation["participation"], config["seed"], federation["precision"], federation["largest_change"],
         federation["equipartition"], federation["sinkhorn_iterations"],

@@ -19,11 +19,14 @@ class Combination:
 
     Args:
         aggregator: combines the states; prototypes too if it is robust, else they are weighted by their mass.
-        received: the state as the sites got it.
+        master: the state before the round, unrounded.
+        received: the state as the sites got it. At half precision it differs from ``master``: the sites' changes are
+            added to the latter, or moves smaller than its rounding would be lost for ever.
     """
 
-    def __init__(self, aggregator: Aggregator, received: Mapping[str, Tensor]) -> None:
+    def __init__(self, aggregator: Aggregator, master: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> None:
         self.aggregator = aggregator
+        self.master = master
         self.received = received
         self.total = aggregator.start()
         self.centres = PrototypeSum()
@@ -39,29 +42,29 @@ class Combination:
         if update.mass is not None:
             # A site weighs by its images, however often it passed over them.
             mass = update.mass.double() * (update.examples / update.metrics["images"])
-            prototypes.fold(self.centres, update.state[PROTOTYPES], mass)
+            prototypes.fold(self.centres, self._unrounded(PROTOTYPES, update.state[PROTOTYPES]), mass)
             update = replace(update, mass=mass)
         return update
 
-    def finish(
-        self, master: Mapping[str, Tensor], memory: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], float | None]:
+    def finish(self, memory: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], float | None]:
         """Return the new state, the aggregator's new memory, and the agreement of the prototypes.
 
         Args:
-            master: the state before the round, unrounded: at half precision the sites' change is added to it, or moves
-                smaller than its rounding would be lost for ever.
             memory: of the aggregator.
         """
         state, memory = self.aggregator.finish(self.total, self._ruled(self.received), memory)
-        for name, value in state.items():
-            if name != PROTOTYPES and self.received[name] is not master[name]:
-                state[name] = value + (master[name] - self.received[name])
+        state = {name: self._unrounded(name, value) for name, value in state.items()}
         agreement = None
-        if PROTOTYPES in master:
-            centres, agreement = prototypes.finish(self.centres, master[PROTOTYPES])
+        if PROTOTYPES in self.master:
+            centres, agreement = prototypes.finish(self.centres, self.master[PROTOTYPES])
             state[PROTOTYPES] = F.normalize(state[PROTOTYPES], dim=1) if self.aggregator.robust else centres
-        return {name: state[name] for name in master}, memory, agreement
+        return {name: state[name] for name in self.master}, memory, agreement
+
+    def _unrounded(self, name: str, value: Tensor) -> Tensor:
+        """Move what was reached from the rounded state to where it would be from the unrounded one."""
+        if self.received[name] is self.master[name]:
+            return value
+        return value + (self.master[name] - self.received[name])
 
     def _ruled(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Take the tensors that the aggregator combines."""

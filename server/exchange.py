@@ -78,7 +78,9 @@ def ask(
     grid: Grid, contents: Mapping[int, RecordDict], kind: str, plan: Plan, deadline: float
 ) -> Iterator[tuple[int, Message | None]]:
     """Send each node its content and give the answers one by one, in the order given; None for those not in time."""
-    for node, message_id in push(grid, contents, kind, plan).items():
+    waiting = push(grid, contents, kind, plan)
+    del contents  # it need not stay in memory while the sites work
+    for node, message_id in waiting.items():
         yield node, pull(grid, message_id, deadline)
 
 

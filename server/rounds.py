@@ -109,7 +109,8 @@ def run_rounds(
     roster = Roster(grid, plan)
     roster.open()
     result = start
-    for number in range(start.number + 1, plan.rounds + 1):
+    del start  # nothing holds a state longer than its round
+    for number in range(result.number + 1, plan.rounds + 1):
         roster.refresh()
         result = treat(_Round(grid, roster, result, plan, number).run(aggregator), result.contrast)
         yield result
@@ -133,22 +134,20 @@ class _Round:
     def run(self, aggregator: Aggregator) -> RoundResult:
         """Ask the sites, fold their answers, name those that failed."""
         result, plan = self.result, self.plan
-        combination = Combination(aggregator, self.received)
-        contents = self._contents(self._guides())
-        result.bytes_down += sum(size_in_bytes(content) for content in contents.values())
+        combination = Combination(aggregator, self.before.state, self.received)
+        guides = self._guides()
         sites = {member.node: site for site, member in self.members.items()}
-        for node, answer in ask(self.grid, contents, MessageType.TRAIN, plan, self.deadline):
+        for node, answer in ask(self.grid, self._contents(guides), MessageType.TRAIN, plan, self.deadline):
             try:
-                update = self._receive(answer, sites[node])
+                self._note(combination.add(self._receive(answer, sites[node])))
             except UpdateRefused as refusal:
                 result.failed[refusal.site] = refusal.reason
                 text = f"Round {result.number}: {refusal}. The round goes on without it."
                 progress.publish(progress.Note(text, alarm=True))
-                continue
-            self._note(combination.add(update))
-        least = max(plan.min_sites, aggregator.least_sites)
-        require(least, result.metrics, result.failed | result.absent, f"answered well in round {result.number}")
-        result.state, result.memory, result.agreement = combination.finish(self.before.state, self.before.memory)
+            del answer  # else two are in memory while the next one is pulled
+        missing = result.failed | result.absent
+        require(plan.min_sites, result.metrics, missing, f"answered well in round {result.number}")
+        result.state, result.memory, result.agreement = combination.finish(self.before.memory)
         result.usual_change = statistics.median(result.change.values())
         if result.counts:
             result.site_nmi = cluster_information(torch.stack(list(result.counts.values())))
@@ -176,10 +175,13 @@ class _Round:
         )
 
     def _contents(self, guides: Guides) -> dict[int, RecordDict]:
-        return {
+        contents = {
             member.node: wire.write_order(self._order(site), self.packed, guides.get(site))
             for site, member in self.members.items()
         }
+        del self.packed  # what is on its way lies at the SuperLink
+        self.result.bytes_down += sum(size_in_bytes(content) for content in contents.values())
+        return contents
 
     def _receive(self, answer: Message | None, site: str) -> Update:
         """Read and check one answer.

@@ -1,6 +1,7 @@
 """The arms of a comparison: the same encoder and settings, other hospitals together.
 
-All arms see equally many images: an arm with fewer images passes over them more often.
+All arms see equally many images: an arm with fewer images passes over them more often. An arm of one site has nobody to
+differ from: it trains plainly, whatever rule the federated one follows.
 """
 
 from collections.abc import Sequence
@@ -50,6 +51,9 @@ def plan_arms(config: Config, store: ImageStore, overrides: Sequence[str]) -> li
             "federation.min_sites": "1",
             "federation.sites": "null",
             "federation.participation": "1.0",
+            "federation.equipartition": "local",
+            "aggregation": "mean",
+            "local": "plain",
             "training.local_epochs": repr(config["training"]["local_epochs"] / share),
         }
         changed |= {"simulation.only": f"'{largest}'"} if alone else {"simulation.pool": "true"}
@@ -59,5 +63,8 @@ def plan_arms(config: Config, store: ImageStore, overrides: Sequence[str]) -> li
 
 
 def _replace(overrides: Sequence[str], changed: dict[str, str]) -> list[str]:
-    kept = [override for override in overrides if override.split("=", 1)[0] not in changed]
+    """Set keys anew; what was said of a group that is now another (``aggregation.hostile``) is dropped with it."""
+    groups = tuple(f"{name}." for name in ("aggregation", "local"))
+    named = [(text, text.split("=", 1)[0].lstrip("+")) for text in overrides]
+    kept = [text for text, key in named if key not in changed and not key.startswith(groups)]
     return kept + [f"{key}={value}" for key, value in changed.items()]

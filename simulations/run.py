@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from fedssl import config as settings
 from fedssl import progress
-from fedssl.build import check_settings
+from fedssl.build import build_aggregator, check_settings
 from fedssl.build_images import open_images, training_digest
 from fedssl.config import Config
 from fedssl.errors import FederationError
@@ -37,10 +37,11 @@ def simulate(overrides: Sequence[str]) -> tuple[Config, list[Arm]]:
     check_settings(config)
     store = open_images(config)
     arms = plan_arms(config, store, overrides)
-    if arms[0].sites < config["federation"]["min_sites"]:
+    least = max(config["federation"]["min_sites"], build_aggregator(config).least_sites)
+    if arms[0].sites < least:
         raise FederationError(
-            f"{arms[0].sites} of at least {config['federation']['min_sites']} sites have images. Lower "
-            "federation.min_sites, or check data.root and data.sites."
+            f"{arms[0].sites} of at least {least} sites have images. Lower federation.min_sites (or "
+            "aggregation.hostile), or check data.root and data.sites."
         )
     digest = training_digest(config, store)
     for arm in arms:

@@ -53,12 +53,8 @@ class Hospitals(InProcessGrid):
         return [node for node in super().get_node_ids() if node in self.on]
 
     def pull_messages(self, message_ids):
-        heard = [
-            n
-            for n in message_ids
-            if self._waiting[n].metadata.dst_node_id not in self.deaf | (set(self._contexts) - self.on)
-        ]
-        return super().pull_messages(heard)
+        silent = self.deaf | (set(self._contexts) - self.on)
+        return super().pull_messages(n for n in message_ids if self._waiting[n].metadata.dst_node_id not in silent)
 
 
 def _plan(**changed):
@@ -200,15 +196,11 @@ def test_two_hostile_sites_of_seven_cannot_move_weights_or_prototypes_past_the_h
     torch.testing.assert_close(result.state["prototypes"], torch.eye(2))
 
 
-def test_a_robust_rule_with_too_few_answers_ends_the_run_with_the_number_that_it_needs():
-    with pytest.raises(FederationError, match="2 of at least 5 sites answered well"):
-        next(_rounds(Hospitals({2: "a", 3: "b"}), TrimmedMean(hostile=2)))
-
-
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_at_half_precision_small_moves_add_up_instead_of_being_rounded_away(precision):
     def creep(state):
-        return {"w": state["w"] + 1e-4, "prototypes": state["prototypes"]}
+        turned = state["prototypes"] + 1e-4 * torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+        return {"w": state["w"] + 1e-4, "prototypes": turned}
 
     class Half(Hospitals):
         def _client(self, message, context):
@@ -224,5 +216,7 @@ def test_at_half_precision_small_moves_add_up_instead_of_being_rounded_away(prec
     full = list(_rounds(Hospitals({2: "a", 3: "b"}, {"a": creep, "b": creep}), rounds=50))[-1]
     half = list(_rounds(Half({2: "a", 3: "b"}), rounds=50, precision=precision))[-1]
     torch.testing.assert_close(half.state["w"], torch.full((3,), 1.005), rtol=0, atol=1e-4)
+    torch.testing.assert_close(half.state["prototypes"], full.state["prototypes"], rtol=0, atol=3e-4)
+    assert full.state["prototypes"][0, 1] > 4e-3
     assert half.bytes_down < full.bytes_down
     assert half.bytes_up < full.bytes_up

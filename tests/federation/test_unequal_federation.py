@@ -297,3 +297,18 @@ def test_versions_that_differ_are_refused_with_both_sides_named(tiny, tmp_path, 
     monkeypatch.setattr(wire, "write_order", older)
     with pytest.raises(FederationError, match=r"has fedssl .* \(protocol 3\), the server '0\.0\.9' \(protocol 2\)"):
         simulate([*tiny, f"run_dir={tmp_path / 'run'}"])
+
+
+def test_the_arms_of_one_site_train_plainly_whatever_rule_the_federation_follows(tiny, tmp_path):
+    more = ["aggregation=trimmed_mean", "aggregation.hostile=1", "local=proximal", "local.mu=0.1", "simulation.sites=3"]
+    arms = ["simulation.arms=[federated,single_site]", f"run_dir={tmp_path / 'run'}", "federation.rounds=1"]
+    _, planned = simulate([*tiny, *more, *arms])
+    assert [_final(arm.folder).round for arm in planned] == [1, 1]
+    alone = load(planned[1].overrides)
+    assert alone["aggregation"]["_target_"].endswith("WeightedMean")
+    assert alone["local"]["_target_"].endswith("LocalRule")
+
+
+def test_a_rule_that_needs_more_sites_than_there_are_says_so_before_work_begins(tiny, tmp_path):
+    with pytest.raises(FederationError, match="4 of at least 5 sites have images"):
+        simulate([*tiny, "aggregation=trimmed_mean", "aggregation.hostile=2", f"run_dir={tmp_path / 'run'}"])
