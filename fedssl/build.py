@@ -67,6 +67,8 @@ def _build_method(node: Mapping[str, Any], encoder: nn.Module) -> Method:
 def first_state(config: Config, method: Method) -> dict[str, Tensor]:
     """Return the shared state that a federation starts from: random, or an encoder from ``encoder.weights``.
 
+    Its tensors are in the order of their names, as they come from a checkpoint: sums over them depend on the order.
+
     Args:
         config: names the weights.
         method: untrained; its encoder takes the weights.
@@ -78,7 +80,7 @@ def first_state(config: Config, method: Method) -> dict[str, Tensor]:
     weights = config["encoder"]["weights"]
     if weights:
         load_start_weights(method.encoder, Path(weights), in_chans=config["encoder"]["in_chans"])
-    return shared_state(method)
+    return dict(sorted(shared_state(method).items()))
 
 
 def build_views(config: Config) -> Views:

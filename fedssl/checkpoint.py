@@ -81,7 +81,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         room: {name.removeprefix(f"{room}/"): value for name, value in tensors.items() if name.startswith(f"{room}/")}
         for room in _ROOMS
     }
-    state = {name: value for name, value in tensors.items() if "/" not in name}
+    state = {name: value for name, value in sorted(tensors.items()) if "/" not in name}
     return Checkpoint(state=state, memory=rooms["memory"], mass=rooms["mass"], **facts)
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class RunFolder:
         Raises:
             ConfigError: it is not empty and ``overwrite`` is false, or it is no run's folder.
         """
+        self._sweep(self.path.glob(".environment.json.*.tmp"))
         if self.path.exists() and any(self.path.iterdir()):
             if not overwrite:
                 raise ConfigError(
@@ -56,7 +57,7 @@ class RunFolder:
                 )
             if not (self.path / "environment.json").exists():
                 raise ConfigError(f"{self.path} is not a run's folder, so it is not deleted. Choose another run_dir.")
-            shutil.rmtree(self.path)
+            self._empty()
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "environment.json", environment(), "the run folder")
 
@@ -68,7 +69,9 @@ class RunFolder:
         """
         if not (self.path / "environment.json").exists():
             raise ConfigError(f"There is no run in {self.path} to resume. Leave out resume=true, or check run_dir.")
+        self._sweep([*self.path.glob(".*.tmp"), *self.last.parent.glob(".*.tmp")])
         if not self.last.exists():
+            self._sweep((self.metrics, self.round_metrics))
             return None
         checkpoint = load_checkpoint(self.last)
         if checkpoint.fingerprint != fingerprint:
@@ -79,6 +82,18 @@ class RunFolder:
         for path in (self.metrics, self.round_metrics):
             rewrite_jsonl(path, [row for row in read_jsonl(path) if row["round"] <= checkpoint.round])
         return checkpoint
+
+    def _empty(self) -> None:
+        """Remove everything; what says that this is a run's folder last, so that it can be said again after a kill."""
+        for entry in self.path.iterdir():
+            if entry.name != "environment.json":
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        (self.path / "environment.json").unlink()
+
+    def _sweep(self, left: Iterable[Path]) -> None:
+        """Remove what a killed process was writing or had written too early."""
+        for path in left:
+            path.unlink(missing_ok=True)
 
     def bind_images(self, digest: str) -> None:
         """Remember which images trained this run, or check that they are still the same.

@@ -128,4 +128,4 @@ def _tensorboard(folder: RunFolder, done: int) -> Any:  # noqa: ANN401 - an opti
     except ImportError:
         progress.publish(progress.Note("TensorBoard events are off: pip install 'fedssl[tracking]' turns them on."))
         return None
-    return SummaryWriter(str(folder.path / "tensorboard"), purge_step=done + 1 if done else None)
+    return SummaryWriter(str(folder.path / "tensorboard"), purge_step=done + 1)

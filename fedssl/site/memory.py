@@ -1,5 +1,6 @@
 """What a site keeps of a run on its own disk from round to round: optimiser, own weights, scores of its images."""
 
+import contextlib
 import re
 import shutil
 import time
@@ -69,7 +70,7 @@ class SiteMemory:
         kept = {self._file(order.run, f"round_{number:05d}") for number in (order.last, order.number)}
         path = self._file(order.run, f"round_{order.number:05d}")
         save_tensors(path, tensors, {"round": order.number, "scale": state.scale}, _WHAT)
-        for other in path.parent.glob("*.safetensors"):
+        for other in path.parent.iterdir():  # older rounds, scores, and what a killed process was writing
             if other not in kept:
                 other.unlink(missing_ok=True)
         self._forget(order.run)
@@ -94,6 +95,9 @@ class SiteMemory:
     def _forget(self, run: str) -> None:
         """Remove the runs that nobody has touched for two weeks."""
         for other in self.folder.iterdir():
-            newest = max((path.stat().st_mtime for path in other.rglob("*")), default=0.0)
-            if other.name != run and time.time() - newest > _FORGET_AFTER_S:
-                shutil.rmtree(other, ignore_errors=True)
+            if other.name == run:
+                continue
+            with contextlib.suppress(FileNotFoundError):  # another site's process works there
+                newest = max((path.stat().st_mtime for path in other.rglob("*")), default=0.0)
+                if time.time() - newest > _FORGET_AFTER_S:
+                    shutil.rmtree(other, ignore_errors=True)
