@@ -59,6 +59,7 @@ def _work(agent: SiteAgent, expected: str, message: Message) -> RecordDict:
         return wire.write_update(update, order.precision, request.state)
     if order.number == 0:
         agent.check()
+        agent.check_start()
         return wire.write_presence(agent.site, {"images": len(agent.images)})
     return wire.write_column_sums(agent.site, agent.column_sums(order, request.state, request.guide.get("potentials")))
 

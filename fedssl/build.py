@@ -51,7 +51,11 @@ def check_settings(config: Config) -> Method:
             "federation.equipartition needs prototypes and one equipartition of all images: "
             "method=contrastive_clustering or swav with method.modalities=pooled."
         )
-    build_aggregator(config)
+    if build_aggregator(config).robust and config["federation"]["equipartition"] != "local":
+        raise ConfigError(
+            "federation.equipartition steers every site by what the others claim, which a robust aggregation must not "
+            "trust. Choose federation.equipartition=local, or aggregation=mean."
+        )
     build_local_rule(config)
     return method
 

@@ -14,8 +14,9 @@ from fedssl.data.cache import ImageStore, Subset
 from fedssl.data.labels import labels_of_images
 from fedssl.errors import ConfigError
 from fedssl.optim import Schedule
-from fedssl.site.agent import LocalWork, SiteAgent
+from fedssl.site.agent import SiteAgent
 from fedssl.site.memory import SiteMemory
+from fedssl.site.work import LocalWork
 
 _FEWEST_PATIENTS = 3
 
@@ -49,7 +50,7 @@ def build_agent(config: Config, node_config: Mapping[str, Any]) -> SiteAgent:
             raise ConfigError(f"is node {number} of {nodes} where the data has {len(sites)} sites; start a node a site")
         site, images = list(sites.items())[number]
     training = config["training"]
-    patients = max(config["federation"]["prototype_patients"], int(node_config.get("prototype-patients", 0)))
+    patients = max(config["federation"]["prototype_patients"], _own_number(node_config, "prototype-patients"))
     work = LocalWork(
         training["batch_size"], training["local_epochs"], training["local_steps"], training["local_seconds"],
         config["seed"], Schedule(config["optim"]["schedule"], config["optim"]["warmup"]), config["pairing"],
@@ -61,6 +62,13 @@ def build_agent(config: Config, node_config: Mapping[str, Any]) -> SiteAgent:
         site, images, SiteMemory(store_folder(config, root) / "state", site), method, optimizer_maker(config),
         build_views(config), work, _training_labels(config, store, images, method.classes), own_start=own_start,
     )  # fmt: skip
+
+
+def _own_number(node_config: Mapping[str, Any], name: str) -> int:
+    try:
+        return int(node_config.get(name, 0))
+    except ValueError as error:
+        raise ConfigError(f"has a node configuration whose {name} is no whole number") from error
 
 
 def _training_labels(config: Config, store: ImageStore, images: Subset, classes: Sequence[str]) -> np.ndarray:

@@ -32,7 +32,6 @@ class Checkpoint:
         answered: the last round in which each site answered well.
         usual_change: median change of the sites' weights in the last round, in norms of the weights.
         best_round: the round of ``best_loss``; 0: none.
-        stopped: the run ended early and shall not go on.
     """
 
     state: Mapping[str, Tensor]
@@ -48,7 +47,10 @@ class Checkpoint:
     answered: Mapping[str, int] = field(default_factory=dict)
     usual_change: float | None = None
     best_round: int = 0
-    stopped: bool = False
+
+    def stale(self, patience: int | None) -> bool:
+        """Tell whether ``patience`` rounds have passed without a lower loss; None: that never matters."""
+        return patience is not None and self.round - self.best_round >= patience
 
 
 _ROOMS = ("memory", "mass")  # of tensors beside the state; no parameter has a slash in its name

@@ -10,6 +10,8 @@ from fedssl.data.batches import ViewBatch
 from fedssl.data.modality import MODALITIES
 from fedssl.prototypes import Clusters, counts_by_group
 
+_MOST_PAIRS = 256  # batches; then each pair is kept once
+
 
 @dataclass
 class ClusterSums:
@@ -39,10 +41,19 @@ class ClusterSums:
         self.batches += 1
         if batch.patient is not None:
             self.pairs.append((batch.patient * count + clusters.nearest)[clusters.nearest >= 0])
+            if len(self.pairs) > _MOST_PAIRS:
+                self.pairs = [torch.cat(self.pairs).unique()]
 
     def support(self) -> Int[Tensor, " prototypes"]:
         """Count, on the CPU, the patients with a sample nearest to each prototype."""
         assert self.mass is not None
         count = len(self.mass)
-        pairs = torch.cat(self.pairs).unique() if self.pairs else self.mass.new_empty(0).long()
-        return torch.bincount(pairs % count, minlength=count).cpu()
+        pairs = torch.cat(self.pairs) if self.pairs else self.mass.new_empty(0).long()
+        return count_patients(pairs % count, pairs // count, count)
+
+
+def count_patients(
+    nearest: Int[Tensor, " samples"], patient: Int[Tensor, " samples"], prototypes: int
+) -> Int[Tensor, " prototypes"]:
+    """Count, on the CPU, the patients with a sample nearest to each prototype."""
+    return torch.bincount((patient * prototypes + nearest).unique() % prototypes, minlength=prototypes).cpu()

@@ -80,7 +80,7 @@ def unpack(
         if any(size < 0 for _, shape in members for size in shape):
             raise FederationError("its layout names a negative size")
         if flat.ndim != 1 or len(flat) != sum(sizes):
-            raise FederationError(f"its {dtype} array holds {flat.numel()} values where its layout names {sum(sizes)}")
+            raise FederationError(f"one of its arrays holds {flat.numel()} values where its layout names {sum(sizes)}")
         state |= {name: part.reshape(shape) for (name, shape), part in zip(members, flat.split(sizes), strict=True)}
     if digest.hexdigest() != layout["sha256"]:
         raise FederationError("its arrays were damaged on the way (checksum)")

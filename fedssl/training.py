@@ -169,7 +169,7 @@ def _measure(
     metrics = {name: float(value) / steps for name, value in sums.items()}
     if metrics.keys() - {"loss"} != set(method.terms):  # what leaves a site was decided before
         raise FederationError("gives terms of its loss that the method does not declare; nothing was sent")
-    features = _sample_features(method, batches.images, views.edge, place, most=RANKME_SAMPLES)
+    features = _features(method, batches.images, _sample(batches.images, place, most=RANKME_SAMPLES), views.edge)
     metrics["rankme"] = rank_me(torch.cat(features).float().cpu())
     metrics["steps"], metrics["images"] = float(steps), float(steps * batches.size)
     metrics["seconds"] = seconds
@@ -184,29 +184,33 @@ def _measure(
     return Trained(metrics, steps, clusters.mass.cpu(), used.cpu(), clusters.support())
 
 
-@torch.no_grad()
-def _sample_features(
-    method: Method, images: Subset, edge: int, place: Round, *, most: int
-) -> list[Float[Tensor, "_ width"]]:
-    """Features of up to ``most`` of the site's training images, whole and unaugmented, in equal chunks."""
-    device = next(method.parameters()).device
-    count = min(most, len(images))
+def _sample(images: Subset, place: Round, *, most: int) -> Int[Tensor, " sample"]:
+    """Choose up to ``most`` of the site's training images by the round's seed."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(place.derived_seed("rankme")))
-    rows = order[:count].sort().values
+    return order[:most].sort().values
+
+
+@torch.no_grad()
+def _features(
+    method: Method, images: Subset, rows: Int[Tensor, " sample"], edge: int
+) -> list[Float[Tensor, "_ width"]]:
+    """Features of some training images, whole and unaugmented, in equal chunks."""
+    device = next(method.parameters()).device
     method.eval()
     return [
         method.encoder(centre_view(image_batch(images.read(chunk.numpy())).shown().to(device), edge=edge))
-        for chunk in rows.tensor_split(math.ceil(count / 128))
+        for chunk in rows.tensor_split(math.ceil(len(rows) / 128))
     ]
 
 
+@torch.no_grad()
 def sample_scores(
     method: Method, images: Subset, edge: int, place: Round, *, most: int
-) -> Float[Tensor, "sample prototypes"]:
-    """Score up to ``most`` of a site's training images against the prototypes, unaugmented, on the CPU in float32."""
-    with torch.no_grad():
-        features = _sample_features(method, images, edge, place, most=most)
-        return torch.cat([method.prototype_scores(chunk).float().cpu() for chunk in features])
+) -> tuple[Int[Tensor, " sample"], Float[Tensor, "sample prototypes"]]:
+    """Score up to ``most`` training images against the prototypes, unaugmented, on the CPU; returns their rows, too."""
+    rows = _sample(images, place, most=most)
+    features = _features(method, images, rows, edge)
+    return rows, torch.cat([method.prototype_scores(chunk).float().cpu() for chunk in features])
 
 
 def autocast_for(device: torch.device, precision: str) -> Callable[[], torch.autocast]:

@@ -1,6 +1,7 @@
 """What a site gives back after a round, what of a method may leave a site, and the check at the server's border."""
 
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -11,8 +12,9 @@ from torch import Tensor
 from fedssl.errors import UpdateRefused
 from fedssl.methods.base import PROTOTYPES, Method
 
-_MOST = 1e9  # more than any site has: a larger figure is an error or an attack
+MOST_IMAGES = 1e9  # more than any site has: a larger figure is an error or an attack
 _ROUNDING = 1.001
+_UNSAFE = re.compile(r"[^\w.-]")  # the name of a tensor that nobody asked for is printed
 METRICS = frozenset(
     {
         "loss", "effective_prototypes", "code_entropy", "released_prototypes", "modality_nmi", "rankme", "images",
@@ -55,11 +57,15 @@ class Limits:
         terms: names of the terms of the method's loss.
         change: largest norm of the change of the state, in norms of the state that was sent.
         examples: most images that the site can have.
+        steps: most optimiser steps that it can have taken.
+        batch: most images of a step.
     """
 
     terms: frozenset[str] = frozenset()
     change: float = 3.0
-    examples: float = _MOST
+    examples: float = MOST_IMAGES
+    steps: float = MOST_IMAGES
+    batch: float = MOST_IMAGES
 
 
 def shared_state(method: Method) -> dict[str, Tensor]:
@@ -129,25 +135,25 @@ def cosine_to(state: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> f
 
 def _misfits(update: Update, reference: Mapping[str, Tensor], limits: Limits) -> Iterator[str]:
     """Give everything about an update that does not fit."""
-    if not 0 < update.examples <= min(limits.examples, _MOST):
+    if not 0 < update.examples <= min(limits.examples, MOST_IMAGES):
         yield f"it reports {update.examples:.3g} images"
-    if not 1 <= update.steps < _MOST:
+    if not 1 <= update.steps <= limits.steps:
         yield f"it reports {update.steps:.3g} steps"
-    yield from _misfit_metrics(update, METRICS | limits.terms)
+    yield from _misfit_metrics(update, METRICS | limits.terms, limits.batch)
     for name in sorted(update.state.keys() - reference.keys()):
-        yield f"tensor {name} is not part of the shared state"
+        yield f"tensor {_UNSAFE.sub('?', name)[:64]} is not part of the shared state"
     for name, expected in reference.items():
         yield from _misfit_tensor(f"tensor {name}", update.state.get(name), expected)
     yield from _misfit_prototypes(update, reference)
 
 
-def _misfit_metrics(update: Update, names: Collection[str]) -> Iterator[str]:
+def _misfit_metrics(update: Update, names: Collection[str], batch: float) -> Iterator[str]:
     if not {"loss", "images"} <= update.metrics.keys() or not update.metrics.keys() <= set(names):
         yield "its metrics lack loss or images, or have a name that is not on the list"
-    elif not all(math.isfinite(value) and abs(value) < _MOST for value in update.metrics.values()):
+    elif not all(math.isfinite(value) and abs(value) < MOST_IMAGES for value in update.metrics.values()):
         yield "its metrics are not finite or absurdly large"
-    elif update.metrics["images"] <= 0:
-        yield f"it trained on {update.metrics['images']:.3g} images"
+    elif not update.steps <= update.metrics["images"] <= update.steps * batch:
+        yield f"it trained on {update.metrics['images']:.3g} images in {update.steps} steps"
 
 
 def _misfit_prototypes(update: Update, reference: Mapping[str, Tensor]) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Messages between server and sites, and the checks of their form at both borders."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -14,10 +15,13 @@ from fedssl import __version__
 from fedssl.errors import ConfigError, FederationError
 from fedssl.order import Order
 from fedssl.packing import FULL, Packed, pack, unpack
-from fedssl.update import Update
+from fedssl.update import MOST_IMAGES, Update
 
 PROTOCOL = 3
-_LONGEST_NAME, _LONGEST_REASON = 64, 500
+_LONGEST_REASON = 500
+_NAME = re.compile(r"[^\x00-\x1f\x7f$\\\[\]]{1,64}")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\[\]]")
+_LARGEST_LOG, _ROUNDING = 1e4, 1e-6
 MOST_CONTRAST = 8.0
 
 
@@ -153,7 +157,10 @@ def read_presence(content: RecordDict) -> Presence | Refusal:
         if "refused" in content:
             return _read_refusal(content)
         record = content.config_records["site"]
-        return Presence(str(record["site"]), _int(record["images"]))
+        presence = Presence(_site(record), _int(record["images"]))
+        if not 0 < presence.images < MOST_IMAGES:
+            raise FederationError("says that it has an impossible number of images")
+        return presence
 
 
 def read_update(content: RecordDict, reference: Mapping[str, Tensor] | None = None) -> Update | Refusal:
@@ -168,7 +175,7 @@ def read_update(content: RecordDict, reference: Mapping[str, Tensor] | None = No
         counts = _tensors(content, "counts")
         site = content.config_records["site"]
         return Update(
-            site=str(site["site"]),
+            site=_site(site),
             state=unpack(content.array_records["state"], content.config_records["layout"], reference),
             examples=_int(site["examples"]),
             steps=_int(site["steps"]),
@@ -179,8 +186,13 @@ def read_update(content: RecordDict, reference: Mapping[str, Tensor] | None = No
         )
 
 
-def read_column_sums(content: RecordDict, prototypes: int) -> Tensor | Refusal:
+def read_column_sums(content: RecordDict, prototypes: int, *, first: bool) -> Tensor | Refusal:
     """Read a site's answer to one iteration of federated Sinkhorn; [prototypes] in float64.
+
+    Args:
+        content: of the answer.
+        prototypes: K.
+        first: rows are not normalised yet in the first iteration; later no log of a mean of shares is above 0.
 
     Raises:
         FederationError: the answer is malformed.
@@ -189,8 +201,11 @@ def read_column_sums(content: RecordDict, prototypes: int) -> Tensor | Refusal:
         if "refused" in content:
             return _read_refusal(content)
         sums = _tensors(content, "counts")["sums"]
-        if sums.dtype != torch.float64 or sums.shape != (prototypes,) or not bool(torch.isfinite(sums).all()):
-            raise FederationError("its column sums are not finite, or not one number a prototype")
+        if sums.dtype != torch.float64 or sums.shape != (prototypes,):
+            raise FederationError("its column sums are not one number a prototype")
+        low, high = -_LARGEST_LOG, _LARGEST_LOG if first else _ROUNDING
+        if not bool(((sums >= low) & (sums <= high)).all()):
+            raise FederationError("its column sums are not possible")
         return sums
 
 
@@ -205,6 +220,18 @@ def _well_formed() -> Iterator[None]:
         raise FederationError(f"its answer is malformed ({type(error).__name__})") from error
 
 
+def _site(record: Mapping[str, Any]) -> str:
+    """Read a site's name: it is printed, logged and drawn.
+
+    Raises:
+        FederationError: it is no name.
+    """
+    name = str(record["site"])
+    if not _NAME.fullmatch(name):
+        raise FederationError("has a name that is empty, too long, or holds control characters, $, \\, [ or ]")
+    return name
+
+
 def _read_refusal(content: RecordDict) -> Refusal:
     record = content.config_records["refused"]
-    return Refusal(str(record["site"])[:_LONGEST_NAME], str(record["reason"])[:_LONGEST_REASON])
+    return Refusal(_site(record), _UNPRINTABLE.sub(" ", str(record["reason"])[:_LONGEST_REASON]))

@@ -38,11 +38,12 @@ def main(grid: Grid, context: Context) -> None:
     plan = _plan(config, checkpoint, method, aggregator.least_sites)
     remedy = _remedy(config, method)
     del method  # a whole model, of no use from here on
-    with Recorder(folder, checkpoint, rounds=plan.rounds, patience=config["federation"]["patience"]) as recorder:
+    patience = config["federation"]["patience"]
+    with Recorder(folder, checkpoint, rounds=plan.rounds, robust=aggregator.robust) as recorder:
         results = run_rounds(grid, _start(checkpoint), plan, aggregator, remedy.treat)
-        while not recorder.checkpoint.stopped and (result := next(results, None)):
+        while not recorder.checkpoint.stale(patience) and (result := next(results, None)):
             recorder.record(result)
-        if recorder.checkpoint.stopped:
+        if recorder.checkpoint.stale(patience):
             done = recorder.checkpoint
             text = f"Stopped after round {done.round}: no lower loss since round {done.best_round}."
             progress.publish(progress.Note(text))
@@ -65,10 +66,11 @@ def _start(checkpoint: Checkpoint) -> RoundResult:
 
 
 def _plan(config: Config, checkpoint: Checkpoint, method: Method, least_sites: int) -> Plan:
-    federation = config["federation"]
+    federation, training = config["federation"], config["training"]
     return Plan(
         checkpoint.run, federation["rounds"], checkpoint.fingerprint, max(federation["min_sites"], least_sites),
         federation["deadline_s"], federation["wait_s"], frozenset(method.terms), tuple(federation["sites"] or ()),
         federation["participation"], config["seed"], federation["precision"], federation["largest_change"],
-        federation["equipartition"], federation["sinkhorn_iterations"],
+        federation["equipartition"], federation["sinkhorn_iterations"], training["batch_size"],
+        training["local_epochs"], training["local_steps"], training["local_seconds"] is not None,
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """What each site's images should fill of the prototypes in a round: nothing said, worked out, or negotiated."""
 
+import time
 from collections.abc import Mapping
 
 from flwr.app import Message, MessageType
@@ -36,7 +37,7 @@ def federated_sinkhorn(
     order: Order,
     plan: Plan,
     deadline: float,
-) -> tuple[Guides, dict[str, str]]:
+) -> Guides:
     """Run the iterations of Sinkhorn over all sites' images; only sums over a site's images travel.
 
     Args:
@@ -48,38 +49,43 @@ def federated_sinkhorn(
         plan: iterations.
         deadline: of the round.
 
+    Each iteration has an equal share of half of the time that is left, so that a site that hangs does not use up the
+    time to train. Whoever does not answer goes on as if alone.
+
     Returns:
-        The potentials of the columns for every site that answered each time, and why the others did not.
+        The potentials of the columns for every site that answered each time.
     """
-    failed: dict[str, str] = {}
     there, potentials = dict(members), None
+    begin = time.monotonic()
+    share = max(deadline - begin, 0.0) / 2.0 / plan.sinkhorn_iterations
     for iteration in range(plan.sinkhorn_iterations):
         guide: dict[str, Tensor] = {} if potentials is None else {"potentials": potentials}
         content = wire.write_order(order, packed if iteration == 0 else None, guide)
         contents = {member.node: content for member in there.values()}
         kind = f"{MessageType.QUERY}.{COLUMN_SUMS}"
         sums: dict[str, Tensor] = {}
-        for site, (_, answer) in zip(list(there), ask(grid, contents, kind, plan, deadline), strict=True):
-            told = _read(answer, prototypes)
+        for site, (_, answer) in zip(
+            list(there), ask(grid, contents, kind, plan, begin + (iteration + 1) * share), strict=True
+        ):
+            told = _read(answer, prototypes, first=iteration == 0)
             if isinstance(told, Tensor):
                 sums[site] = told
                 continue
-            failed[site] = told
             del there[site]
-            text = f"Round {order.number}: site {site} {told}. Sinkhorn goes on without it."
+            text = f"Round {order.number}: site {site} {told}. Federated Sinkhorn goes on without it."
             progress.publish(progress.Note(text, alarm=True))
         if not there:
             break
         potentials = column_step(potentials, list(sums.values()), [there[site].images for site in sums])
-    return {site: {"potentials": potentials} for site in there if potentials is not None}, failed
+    return {site: {"potentials": potentials} for site in there if potentials is not None}
 
 
-def _read(answer: Message | None, prototypes: int) -> Tensor | str:
+def _read(answer: Message | None, prototypes: int, *, first: bool) -> Tensor | str:
     """Give the column sums of an answer, or why there are none."""
     if answer is None or not answer.has_content():
         return failure(answer)
     try:
-        told = wire.read_column_sums(answer.content, prototypes)
+        told = wire.read_column_sums(answer.content, prototypes, first=first)
     except FederationError as error:
         return str(error)
     return told if isinstance(told, Tensor) else told.reason

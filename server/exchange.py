@@ -8,6 +8,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedssl.errors import FederationError
+from fedssl.update import MOST_IMAGES
 
 _POLL_S = 0.05
 _GRACE_S = 600.0  # answers stay at the SuperLink while earlier ones are folded
@@ -32,6 +33,10 @@ class Plan:
         largest_change: of a site's weights in a round, in norms of the weights.
         equipartition: ``local``, ``site-marginals`` or ``federated-sinkhorn``.
         sinkhorn_iterations: of federated Sinkhorn.
+        batch_size: most images of an optimiser step.
+        local_epochs: of a round.
+        local_steps: of a round instead, or None.
+        timed: a round lasts so long as the clock says: nobody knows how many steps.
     """
 
     run: str
@@ -48,6 +53,16 @@ class Plan:
     largest_change: float = 3.0
     equipartition: str = "local"
     sinkhorn_iterations: int = 5
+    batch_size: float = MOST_IMAGES
+    local_epochs: float = MOST_IMAGES
+    local_steps: int | None = None
+    timed: bool = False
+
+    def most_steps(self, images: float) -> float:
+        """Bound the optimiser steps of a site with so many images: at least two are in a step."""
+        if self.timed:
+            return MOST_IMAGES
+        return self.local_steps if self.local_steps is not None else max(1.0, self.local_epochs * images / 2.0)
 
 
 def push(grid: Grid, contents: Mapping[int, RecordDict], kind: str, plan: Plan) -> dict[int, str]:

@@ -1,5 +1,6 @@
 """What a finished round leaves behind: checkpoint, metrics, TensorBoard events, an alarm if a site has collapsed."""
 
+import statistics
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
@@ -19,14 +20,14 @@ class Recorder:
         folder: the run's.
         checkpoint: where the run stands.
         rounds: of the whole federation.
-        patience: rounds without a lower loss after which the run stops; None: never.
+        robust: counts are not trusted, and neither is one site's loss.
     """
 
-    def __init__(self, folder: RunFolder, checkpoint: Checkpoint, *, rounds: int, patience: int | None = None) -> None:
+    def __init__(self, folder: RunFolder, checkpoint: Checkpoint, *, rounds: int, robust: bool = False) -> None:
         self.folder = folder
         self.checkpoint = checkpoint
         self.rounds = rounds
-        self.patience = patience
+        self.robust = robust
         self.drifting = False
         self.collapsed: set[str] = set()
         self.board = _tensorboard(folder, checkpoint.round)
@@ -44,8 +45,7 @@ class Recorder:
 
     def record(self, result: RoundResult) -> None:
         """Write metrics, then the checkpoint: a resumed run drops metrics that have no checkpoint."""
-        weights = {site: metrics["images"] for site, metrics in result.metrics.items()}
-        loss = sum(result.metrics[site]["loss"] * weight for site, weight in weights.items()) / sum(weights.values())
+        loss = self._loss(result)
         for site, metrics in result.metrics.items():
             drift = {"change": result.change[site], "cosine": result.cosine[site]}
             self.folder.record_site(result.number, site, {**metrics, **drift})
@@ -80,13 +80,19 @@ class Recorder:
             round=result.number,
             best_loss=min(loss, known.best_loss if known.best_loss is not None else loss) if comparable else None,
             best_round=best_round,
-            images_seen=known.images_seen + int(sum(weights.values())),
+            images_seen=known.images_seen + int(sum(metrics["images"] for metrics in result.metrics.values())),
             sites=sorted(result.metrics),
             contrast=result.contrast,
-            stopped=self.patience is not None and result.number - best_round >= self.patience,
         )
         self.folder.save(self.checkpoint, best=best)
         self._alarm(result)
+
+    def _loss(self, result: RoundResult) -> float:
+        """Mean of the sites' losses, weighted by their images; their median where claims are not trusted."""
+        losses = {site: metrics["loss"] for site, metrics in result.metrics.items()}
+        if self.robust:
+            return statistics.median(losses.values())
+        return sum(losses[site] * count for site, count in result.examples.items()) / sum(result.examples.values())
 
     def _alarm(self, result: RoundResult) -> None:
         """Say loudly when a site collapses or prototypes drift apart, and again in the last round; never each round."""

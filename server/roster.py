@@ -16,7 +16,7 @@ from server.exchange import Plan, failure, pull, push, require
 
 _GONE = "is not connected"
 _SECOND = "is the second node that says it is this site; stop one"
-_LISTEN_S = 1.0
+_LISTEN_S, _POLL_S = 1.0, 0.1
 
 
 @dataclass(frozen=True)
@@ -28,60 +28,69 @@ class Member:
 
 
 class Roster:
-    """The sites of a run.
+    """The sites of a run. Which node speaks for a site is settled by who says its name first, until that node is gone.
 
     Args:
         grid: the nodes.
         plan: who may take part.
-
-    Attributes:
-        absent: why sites do not take part now, by site.
     """
 
     def __init__(self, grid: Grid, plan: Plan) -> None:
         self.grid = grid
         self.plan = plan
-        self.absent: dict[str, str] = {}
+        self._nodes: set[int] = set()
         self._members: dict[str, Member] = {}
         self._asked: dict[int, str] = {}  # nodes that have not answered yet, with the message
+        self._refused: dict[int, wire.Refusal] = {}  # nodes that cannot take part, with their last word
+        self._told: dict[str, str] = {}
 
     def open(self) -> None:
-        """Wait for enough nodes and ask each who it is; one that is slow to answer may come in later.
+        """Wait for the sites on the list, or for a quorum, to connect and to say who they are.
+
+        Who is slow to answer comes in later: with a list, all have until the deadline of a round; without one, the
+        quorum is enough after ``wait_s``.
 
         Raises:
             FederationError: too few sites can take part; each other one is named with the reason.
         """
-        self._ask(_wait_for_nodes(self.grid, self.plan))
-        self._listen(time.monotonic() + self.plan.deadline_s)
-        for node in self._asked:
-            self._note_absent(f"node {node}", failure(None))
+        self._nodes = set(_wait_for_nodes(self.grid, self.plan))
+        self._ask(self._nodes)
+        begin = time.monotonic()
+        patience = self.plan.deadline_s if self.plan.sites else self.plan.wait_s
+        while self._asked:
+            self._listen()
+            waited = time.monotonic() - begin
+            enough = len(self._members) >= self.plan.min_sites and waited > min(patience, self.plan.deadline_s)
+            if not self._asked or enough or waited > self.plan.deadline_s:
+                break
+            self._say("roll call", f"Waiting for the answers of {len(self._asked)} of {len(self._nodes)} sites")
+            time.sleep(_POLL_S)
+        self._name_absent()
         require(self.plan.min_sites, self._members, self.absent, "take part")
         progress.publish(progress.Note(f"{len(self._members)} sites take part: {', '.join(sorted(self._members))}"))
 
     def refresh(self) -> None:
         """Before a round: let in who came late, and notice who is gone; wait only while the quorum is not there."""
         deadline = time.monotonic() + self.plan.wait_s
-        while True:
-            self._look()
-            if len(self._there()) >= self.plan.min_sites or time.monotonic() > deadline:
-                return
+        self._look(again=True)
+        while len(self._there()) < self.plan.min_sites and time.monotonic() < deadline:
+            self._say("quorum", f"Waiting up to {self.plan.wait_s:.0f} s for {self.plan.min_sites} sites to be back")
             time.sleep(_LISTEN_S)
+            self._look(again=False)
+        self._told.pop("quorum", None)
+        self._name_absent()
 
-    def _look(self) -> None:
-        nodes, before = set(self.grid.get_node_ids()), set(self._members)
-        self._asked = {node: message for node, message in self._asked.items() if node in nodes}
-        for site, member in self._members.items():
-            if member.node not in nodes:
-                self._note_absent(site, _GONE)
-            elif self.absent.pop(site, None):
-                progress.publish(progress.Note(f"Site {site} is back"))
-        self._ask(sorted(nodes - {member.node for member in self._members.values()} - set(self._asked)))
-        self._listen()
-        for site in sorted(set(self._members) - before):
-            progress.publish(progress.Note(f"Site {site} takes part from now on"))
-
-    def _there(self) -> dict[str, Member]:
-        return {site: member for site, member in self._members.items() if site not in self.absent}
+    @property
+    def absent(self) -> dict[str, str]:
+        """Why sites do not take part now, by site."""
+        reasons = {site: _GONE for site in self._members if site not in self._there()}
+        for node, refusal in self._refused.items():
+            name = refusal.site if refusal.site not in self._members else f"{refusal.site} (node {node})"
+            reasons[name] = refusal.reason
+        reasons |= {f"node {node}": failure(None) for node in self._asked}
+        unknown = "has not answered yet" if self._asked else _GONE
+        missing = [site for site in self.plan.sites if site not in self._members and site not in reasons]
+        return reasons | dict.fromkeys(missing, unknown)
 
     def choose(self, number: int) -> dict[str, Member]:
         """Choose the sites of a round, by name: a seeded sample of those that are there, no smaller than the quorum.
@@ -96,43 +105,59 @@ class Roster:
 
         return {site: there[site] for site in sorted(sorted(there, key=draw)[:count])}
 
+    def _there(self) -> dict[str, Member]:
+        return {site: member for site, member in self._members.items() if member.node in self._nodes}
+
+    def _look(self, *, again: bool) -> None:
+        """See which nodes there are, and ask those that are new (or, ``again``, that could not take part so far)."""
+        before = set(self._there())
+        self._nodes = set(self.grid.get_node_ids())
+        self._asked = {node: message for node, message in self._asked.items() if node in self._nodes}
+        self._refused = {node: word for node, word in self._refused.items() if node in self._nodes}
+        settled = {member.node for member in self._members.values()} | set(self._asked)
+        self._ask(self._nodes - settled - (set() if again else set(self._refused)))
+        self._listen()
+        for site in sorted(set(self._there()) - before):
+            self._told.pop(site, None)
+            progress.publish(progress.Note(f"Site {site} takes part from now on"))
+
     def _ask(self, nodes: Collection[int]) -> None:
         order = wire.write_order(Order(self.plan.run, 0, self.plan.rounds, self.plan.fingerprint), None)
         if nodes:
-            self._asked |= push(self.grid, dict.fromkeys(nodes, order), MessageType.QUERY, self.plan)
+            self._asked |= push(self.grid, dict.fromkeys(sorted(nodes), order), MessageType.QUERY, self.plan)
 
-    def _listen(self, deadline: float = 0.0) -> None:
-        """Take the answers that are there by ``deadline``."""
+    def _listen(self) -> None:
+        """Take the answers that are there."""
         for node, message_id in list(self._asked.items()):
-            message = pull(self.grid, message_id, deadline)
+            message = pull(self.grid, message_id)
             if message is None and message_id:
                 continue
             del self._asked[node]
-            answer = _read_presence(message, node)
-            if not isinstance(answer, wire.Refusal):
-                answer = self._enter(answer, node)
+            self._refused.pop(node, None)
+            answer = self._enter(_read_presence(message, node), node)
             if isinstance(answer, wire.Refusal):
-                self._note_absent(answer.site, answer.reason)
-        for site in self.plan.sites:
-            if site not in self._members and site not in self.absent:
-                self._note_absent(site, _GONE)
+                self._refused[node] = answer
 
-    def _enter(self, answer: wire.Presence, node: int) -> wire.Presence | wire.Refusal:
-        """Enter a site, unless it is not on the list or there already."""
+    def _enter(self, answer: wire.Presence | wire.Refusal, node: int) -> wire.Presence | wire.Refusal:
+        """Enter a site, unless it cannot take part, is not on the list or is there already."""
+        if isinstance(answer, wire.Refusal):
+            return answer
         if self.plan.sites and answer.site not in self.plan.sites:
             return wire.Refusal(answer.site, "is not on the list of sites (federation.sites)")
         if answer.site in self._there():
-            return wire.Refusal(f"{answer.site} (again)", _SECOND)
+            return wire.Refusal(answer.site, _SECOND)
         self._members[answer.site] = Member(node, answer.images)
-        for name in (answer.site, f"node {node}"):
-            self.absent.pop(name, None)
         return answer
 
-    def _note_absent(self, site: str, reason: str) -> None:
-        """Say once why a site is not there."""
-        if self.absent.get(site) != reason:
-            progress.publish(progress.Note(f"Site {site} does not take part: it {reason}.", alarm=True))
-        self.absent[site] = reason
+    def _name_absent(self) -> None:
+        """Say once why each site is not there."""
+        for site, reason in self.absent.items():
+            self._say(site, f"Site {site} does not take part: it {reason}.", alarm=True)
+
+    def _say(self, about: str, text: str, *, alarm: bool = False) -> None:
+        if self._told.get(about) != text:
+            progress.publish(progress.Note(text, alarm=alarm))
+        self._told[about] = text
 
 
 def _read_presence(answer: Message | None, node: int) -> wire.Presence | wire.Refusal:

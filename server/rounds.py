@@ -8,7 +8,7 @@ is first; those that wait stay at the SuperLink, and the server's memory does no
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from flwr.app import Message, MessageType, RecordDict
@@ -22,13 +22,15 @@ from fedssl.errors import FederationError, UpdateRefused
 from fedssl.methods.base import PROTOTYPES
 from fedssl.order import Order
 from fedssl.packing import FULL, pack, size_in_bytes, unpack
-from fedssl.update import Limits, Update, check_update, cosine_to
+from fedssl.update import Limits, Update, change_of, check_update, cosine_to
 from server.combine import Combination
 from server.equalise import FEDERATED_SINKHORN, SITE_MARGINALS, Guides, federated_sinkhorn, site_marginals
 from server.exchange import Plan, ask, failure, require
 from server.roster import Member, Roster
 
+_ALWAYS = 0.1  # a change of a tenth is never refused
 _USUAL = 100.0  # a change so many times the usual one of the last round is an error or an attack
+_JUMP = 10.0  # combined, in largest changes of one site
 _MORE_IMAGES = 2.0  # a site's index may grow during a run, but not so much
 
 
@@ -125,7 +127,10 @@ class _Round:
         self.before = before
         self.plan = plan
         self.deadline = time.monotonic() + plan.deadline_s
-        self.packed = pack(before.state, plan.precision)
+        try:
+            self.packed = pack(before.state, plan.precision)
+        except FederationError as error:
+            raise FederationError(f"Round {number} cannot begin: the shared state does not travel; {error}.") from error
         self.received = before.state if plan.precision == FULL else unpack(*self.packed)
         self.result = RoundResult(
             number, before.state, before.memory, dict(before.mass), dict(before.answered), absent=dict(roster.absent)
@@ -148,10 +153,24 @@ class _Round:
         missing = result.failed | result.absent
         require(plan.min_sites, result.metrics, missing, f"answered well in round {result.number}")
         result.state, result.memory, result.agreement = combination.finish(self.before.memory)
+        self._sound(result.state)
         result.usual_change = statistics.median(result.change.values())
         if result.counts:
             result.site_nmi = cluster_information(torch.stack(list(result.counts.values())))
         return result
+
+    def _sound(self, state: Mapping[str, Tensor]) -> None:
+        """Refuse to go on from what no site could have reached, such as a mean divided by claims.
+
+        Raises:
+            FederationError: says how far it jumped.
+        """
+        change = change_of(state, self.before.state)
+        if not change <= _JUMP * self.plan.largest_change:
+            raise FederationError(
+                f"The answers of round {self.result.number} combine to a change of {change:.3g} times the norm of the "
+                "weights; nothing of it was kept. Lower aggregation.rate, or hold sites off: aggregation=median."
+            )
 
     def _guides(self) -> Guides:
         """Tell the sites what their images should fill of the prototypes, if the run asks for it."""
@@ -160,13 +179,10 @@ class _Round:
         if self.plan.equipartition != FEDERATED_SINKHORN:
             return {}
         count = len(self.before.state[PROTOTYPES])
-        guides, failed = federated_sinkhorn(
+        self.result.bytes_down += self.packed[0].count_bytes() * len(self.members)
+        return federated_sinkhorn(
             self.grid, self.members, self.packed, count, self._order(""), self.plan, self.deadline
         )
-        self.result.failed |= failed
-        self.result.bytes_down += self.packed[0].count_bytes() * len(self.members)
-        self.members = {site: member for site, member in self.members.items() if site not in failed}
-        return guides
 
     def _order(self, site: str) -> Order:
         plan, last = self.plan, self.before.answered.get(site, 0)
@@ -199,14 +215,19 @@ class _Round:
             raise UpdateRefused(site, update.reason)
         if update.site != site:
             raise UpdateRefused(site, f"answered under the name {update.site}")
-        self.result.change[site] = check_update(update, self.received, self._limits(self.members[site]))
+        if site in self.before.answered:
+            update = replace(update, independent=False)  # its own start is a thing of its first round
+        limits = self._limits(self.members[site], joins=update.independent)
+        self.result.change[site] = check_update(update, self.received, limits)
         self.result.bytes_up += size_in_bytes(answer.content)
         return update
 
-    def _limits(self, member: Member) -> Limits:
-        usual = self.before.usual_change
-        most = min(self.plan.largest_change, _USUAL * usual) if usual else self.plan.largest_change
-        return Limits(self.plan.terms, most, _MORE_IMAGES * member.images)
+    def _limits(self, member: Member, *, joins: bool) -> Limits:
+        plan, usual, images = self.plan, self.before.usual_change, _MORE_IMAGES * member.images
+        change = plan.largest_change
+        if usual is not None and not joins:
+            change = min(change, max(_USUAL * usual, _ALWAYS))
+        return Limits(plan.terms, change, images, plan.most_steps(images), plan.batch_size)
 
     def _note(self, update: Update) -> None:
         """Keep the figures of a good answer; its state is in the running total."""

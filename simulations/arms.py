@@ -11,6 +11,7 @@ from pathlib import Path
 from fedssl.build_images import simulated_sites
 from fedssl.config import Config
 from fedssl.data.cache import ImageStore
+from fedssl.errors import ConfigError
 
 FEDERATED, SINGLE_SITE, POOLED = "federated", "single_site", "pooled"
 
@@ -38,7 +39,14 @@ def plan_arms(config: Config, store: ImageStore, overrides: Sequence[str]) -> li
     """Plan the arms that ``simulation.arms`` names; the federated one comes first and owns the run folder."""
     images = {site: len(subset) for site, subset in simulated_sites(config, store).items()}
     largest = max(images, key=lambda site: (images[site], site))
-    folder = Path(config["run_dir"])
+    folder, training = Path(config["run_dir"]), config["training"]
+    if training["local_seconds"] is not None and set(config["simulation"]["arms"]) != {FEDERATED}:
+        raise ConfigError(
+            "With training.local_seconds nobody knows how many images an arm sees. Set simulation.arms=[federated], or "
+            "training.local_epochs or training.local_steps."
+        )
+    taking = config["federation"]["participation"]
+    steps = training["local_steps"] and max(1, round(training["local_steps"] * len(images) * taking))
     arms = [Arm(FEDERATED, f"federated ({len(images)} sites)", folder, list(overrides), len(images))]
     for name in config["simulation"]["arms"]:
         if name == FEDERATED:
@@ -54,7 +62,10 @@ def plan_arms(config: Config, store: ImageStore, overrides: Sequence[str]) -> li
             "federation.equipartition": "local",
             "aggregation": "mean",
             "local": "plain",
-            "training.local_epochs": repr(config["training"]["local_epochs"] / share),
+            "federation.patience": "null",
+            "federation.prototype_patients": "1",
+            "training.local_epochs": repr(training["local_epochs"] * taking / share),
+            "training.local_steps": str(steps or "null"),
         }
         changed |= {"simulation.only": f"'{largest}'"} if alone else {"simulation.pool": "true"}
         title = f"{largest} alone" if alone else "all images pooled"

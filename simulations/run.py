@@ -66,5 +66,7 @@ def _ready(arm: Arm, config: Config, digest: str) -> Arm | None:
         return arm
     RunFolder(arm.folder).bind_images(digest)
     checkpoint = RunFolder(arm.folder).resume(settings.fingerprint(settings.load(arm.overrides)))
-    finished = checkpoint is not None and (checkpoint.stopped or checkpoint.round >= config["federation"]["rounds"])
+    finished = checkpoint is not None and (
+        checkpoint.stale(config["federation"]["patience"]) or checkpoint.round >= config["federation"]["rounds"]
+    )
     return None if finished else arm

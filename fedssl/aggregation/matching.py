@@ -19,26 +19,40 @@ SIMILAR = 0.5  # cosine below which two prototypes are not the same cluster
 
 
 def match(
-    own: Float[Tensor, "prototypes width"], reference: Float[Tensor, "prototypes width"], *, similar: float = SIMILAR
+    own: Float[Tensor, "prototypes width"],
+    reference: Float[Tensor, "prototypes width"],
+    *,
+    held: Bool[Tensor, " prototypes"] | None = None,
+    similar: float = SIMILAR,
 ) -> tuple[Int[Tensor, " prototypes"], Bool[Tensor, " prototypes"]]:
     """Find the order of ``own`` with the largest sum of cosines to ``reference``.
 
     Cosines below ``similar`` count as 0: a cluster that only one side has must not push others from their places.
 
+    Args:
+        own: prototypes to be put in order.
+        reference: whose order counts.
+        held: those of ``own`` that count; None: all.
+        similar: cosine of one and the same cluster.
+
     Returns:
         For each reference prototype its partner among ``own``, and whether their cosine is at least ``similar``.
     """
     cosine = F.normalize(reference.double(), dim=1) @ F.normalize(own.double(), dim=1).T
+    cosine = cosine if held is None else cosine.where(held, -1.0)
     rows, columns = linear_sum_assignment(cosine.where(cosine >= similar, 0.0).numpy(), maximize=True)
     partner = torch.from_numpy(columns).long()
     return partner, cosine[torch.from_numpy(rows).long(), partner] >= similar
 
 
 def aligned(update: Update, reference: Float[Tensor, "prototypes width"]) -> Update:
-    """Put a site's prototypes, mass and use in the reference's order; one without a partner has no mass and no say."""
+    """Put a site's prototypes, mass and use in the reference's order; one without a partner has no mass and no say.
+
+    A prototype that the site withheld came back as it was sent: it must not take the place of one of its own.
+    """
     assert update.mass is not None
     assert update.usage is not None
-    partner, similar = match(update.state[PROTOTYPES], reference)
+    partner, similar = match(update.state[PROTOTYPES], reference, held=update.mass > 0)
     prototypes = torch.where(similar[:, None], update.state[PROTOTYPES][partner], reference)
     return replace(
         update,

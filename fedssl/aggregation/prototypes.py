@@ -12,6 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+_NOTHING = 1e-6  # the length of a mean that has no direction
+
 
 @dataclass
 class PrototypeSum:
@@ -40,9 +42,9 @@ def finish(
     """
     assert total.weighted is not None
     assert total.mass is not None
-    alive = total.mass > 0
     mean = total.weighted / total.mass.clamp_min(1e-300)[:, None]
     lengths = mean.norm(dim=1)
+    alive = (total.mass > 0) & (lengths > _NOTHING)
     agreement = float((lengths * total.mass).sum() / total.mass.sum()) if bool(alive.any()) else None
     kept = F.normalize(previous.double(), dim=1)
     return torch.where(alive[:, None], F.normalize(mean, dim=1), kept).to(previous.dtype), agreement

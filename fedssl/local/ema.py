@@ -11,6 +11,7 @@ from fedssl.errors import ConfigError
 from fedssl.local.base import LocalRule, State
 
 _ENCODER, _PROTOTYPES = "encoder.", "prototypes"
+_NEAR = 1e-5  # a distance, in norms of the weights, that is none
 
 
 class FedEMA(LocalRule):
@@ -33,8 +34,9 @@ class FedEMA(LocalRule):
         if own is None:
             return received, None
         distance = _distance(received, own)
-        if scale is None:
-            scale = self.tau / max(distance, 1e-12)
+        if scale is None and distance <= _NEAR * _distance(received, {}):
+            return received, None  # nobody else took part: lambda would be without bounds
+        scale = self.tau / distance if scale is None else scale
         share = min(scale * distance, 1.0)
         return {
             name: value if name == _PROTOTYPES else share * own[name] + (1.0 - share) * value
@@ -43,9 +45,9 @@ class FedEMA(LocalRule):
 
 
 def _distance(received: State, own: State) -> float:
-    """||w_received - w_own|| over the encoder."""
+    """||w_received - w_own|| over the encoder; what ``own`` lacks counts as 0."""
     squares = [
-        float((value.double() - own[name].double()).square().sum())
+        float((value.double() - own[name].double() if name in own else value.double()).square().sum())
         for name, value in received.items()
         if name.startswith(_ENCODER)
     ]

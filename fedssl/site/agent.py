@@ -1,7 +1,6 @@
 """The hospital's side of the federation: holds the images, trains a round, keeps its own state on its own disk."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,52 +12,25 @@ from torch.optim import Optimizer
 from fedssl import progress
 from fedssl.augment import Views
 from fedssl.checkpoint import load_checkpoint
+from fedssl.cluster_sums import count_patients
 from fedssl.data.batches import Batches
 from fedssl.data.cache import Subset
+from fedssl.data.modality import modality_groups
+from fedssl.data.pseudonym import numbered
 from fedssl.errors import DataError
-from fedssl.local.base import Correction, LocalRule
+from fedssl.local.base import Correction
 from fedssl.marginals import column_log_sums, site_marginal
 from fedssl.methods.base import PROTOTYPES, Method
-from fedssl.optim import Schedule, load_optimizer_tensors, optimizer_tensors
+from fedssl.optim import load_optimizer_tensors, optimizer_tensors
 from fedssl.order import Order
 from fedssl.site.memory import Remembered, SiteMemory
+from fedssl.site.work import LocalWork
 from fedssl.training import Round, Trained, autocast_for, sample_scores, train_round
 from fedssl.update import Update, load_shared_state, shared_state
 
 _SMALLEST_BATCH = 2
 _ENDLESS = 10**9  # steps of a round that ends by the clock
 _MARGINAL_IMAGES = 4096
-
-
-@dataclass(frozen=True)
-class LocalWork:
-    """How a site trains one round.
-
-    Attributes:
-        batch_size: images in a batch.
-        epochs: passes over the site's images in a round; may be a fraction.
-        steps: optimiser steps of a round instead of epochs, or None.
-        seconds: time for a round instead of epochs, or None; then nothing is equal bit for bit.
-        seed: of the run.
-        schedule: of the learning rate over the federation.
-        pairing: where the two views of a row come from: ``image``, ``patient`` or ``series``.
-        precision: ``auto``, ``bf16`` or ``float32``.
-        threads: CPU threads; results on a CPU are equal bit for bit only at equal threads.
-        rule: against drift.
-        prototype_patients: a prototype leaves only when at least so many patients have images nearest to it.
-    """
-
-    batch_size: int
-    epochs: float
-    steps: int | None
-    seconds: float | None
-    seed: int
-    schedule: Schedule
-    pairing: str
-    precision: str
-    threads: int
-    rule: LocalRule
-    prototype_patients: int
 
 
 class SiteAgent:
@@ -119,6 +91,15 @@ class SiteAgent:
                 f"Lower heads.num_prototypes to {max(2, count // 4)} or less"
             )
 
+    def check_start(self) -> None:
+        """Refuse to take part with a start of its own that does not fit.
+
+        Raises:
+            DataError: it cannot be read, or belongs to another encoder or method.
+        """
+        if self.own_start is not None:
+            self._own_state(shared_state(self.method))
+
     def train(
         self,
         order: Order,
@@ -150,7 +131,9 @@ class SiteAgent:
         load_shared_state(method, begun)
         method.contrast, method.marginal = order.contrast, marginal
         if potentials is not None:
-            method.marginal = site_marginal(self.memory.scores(order).double(), potentials, epsilon=method.epsilon)
+            method.marginal = site_marginal(self.memory.scores(order)[0], potentials, epsilon=method.epsilon)
+        if independent:  # its prototypes have an order of their own
+            method.marginal = None
         if method.marginal is not None:
             method.marginal = method.marginal.float().to(next(method.parameters()).device)
         optimizer = self.make_optimizer(method)
@@ -160,7 +143,9 @@ class SiteAgent:
         kept = shared_state(method)
         own = kept if rule.remembers else {}
         self.memory.remember(order, Remembered(optimizer_tensors(optimizer), own, scale))
-        return self._release(kept, state, trained, restarted=remembered is None, independent=independent)
+        return self._release(
+            kept, state, trained, restarted=remembered is None and order.last > 0, independent=independent
+        )
 
     def _train(self, order: Order, optimizer: Optimizer, received: Mapping[str, Tensor]) -> Trained:
         work, method = self.work, self.method
@@ -196,12 +181,22 @@ class SiteAgent:
             state[PROTOTYPES] = torch.where(released[:, None], state[PROTOTYPES], received[PROTOTYPES])
             mass, usage = mass * released, usage * released
             metrics["released_prototypes"] = float(released.sum())
+        if self._rare_modality():
+            metrics.pop("modality_nmi", None)
         return Update(self.site, state, len(self.images), trained.steps, mass, usage, metrics, independent)
+
+    def _rare_modality(self) -> bool:
+        """Tell whether so few patients have some modality that a figure about it would say that they are here."""
+        groups = modality_groups(self.images.column("modality").tolist())
+        patients = self.images.column("group")
+        return any(len(np.unique(patients[groups == one])) < self.work.prototype_patients for one in np.unique(groups))
 
     def column_sums(
         self, order: Order, state: Mapping[str, Tensor], potentials: Float[Tensor, " prototypes"] | None
     ) -> Float[Tensor, " prototypes"]:
         """Answer one iteration of federated Sinkhorn: see ``fedssl.marginals.column_log_sums``.
+
+        The column of a prototype behind which too few patients stand says what the others say on average.
 
         Args:
             order: which round of which run.
@@ -216,10 +211,13 @@ class SiteAgent:
         if state:
             load_shared_state(self.method, state)
             place = Round(self.site, order.number, order.rounds, self.work.seed, self.work.schedule)
-            self.memory.keep_scores(
-                order, sample_scores(self.method, self.images, self.views.edge, place, most=_MARGINAL_IMAGES)
-            )
-        return column_log_sums(self.memory.scores(order).double(), potentials, epsilon=self.method.epsilon)
+            rows, scores = sample_scores(self.method, self.images, self.views.edge, place, most=_MARGINAL_IMAGES)
+            patients = torch.from_numpy(numbered(self.images.column("group")[rows]))
+            support = count_patients(scores.argmax(1), patients, scores.shape[1])
+            self.memory.keep_scores(order, scores, support >= self.work.prototype_patients)
+        scores, released = self.memory.scores(order)
+        sums = column_log_sums(scores, potentials, epsilon=self.method.epsilon)
+        return torch.where(released, sums, sums[released].mean() if bool(released.any()) else 0.0)
 
     def _recall(self, order: Order) -> Remembered | None:
         """Take up the site's state of the last round that counted; None, with an alarm, if it is not there."""
@@ -236,7 +234,10 @@ class SiteAgent:
             DataError: it does not fit this federation.
         """
         assert self.own_start is not None
-        state = load_checkpoint(self.own_start).state
+        try:
+            state = load_checkpoint(self.own_start).state
+        except DataError as error:  # its text names the file
+            raise DataError("has a start of its own (start) that cannot be read; give a checkpoint of a run") from error
         if {name: value.shape for name, value in state.items()} != {n: value.shape for n, value in received.items()}:
             raise DataError(
                 "has a start of its own (start) that was trained with another encoder or method. Give a checkpoint of "

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fedssl.checkpoint import load_tensors, save_tensors
@@ -18,6 +18,7 @@ from fedssl.order import Order
 _FORGET_AFTER_S = 14 * 24 * 3600.0
 _RUN_NAME = re.compile(r"[0-9a-f]{8,64}")
 _WHAT = "the site's state"
+Scores = Float[Tensor, "images prototypes"]
 
 
 @dataclass(frozen=True)
@@ -75,17 +76,22 @@ class SiteMemory:
                 other.unlink(missing_ok=True)
         self._forget(order.run)
 
-    def keep_scores(self, order: Order, scores: Float[Tensor, "images prototypes"]) -> None:
-        """Keep the scores of this round's images until the round is over."""
-        save_tensors(self._file(order.run, f"scores_{order.number:05d}"), {"scores": scores}, {}, _WHAT)
+    def keep_scores(self, order: Order, scores: Scores, released: Bool[Tensor, " prototypes"]) -> None:
+        """Keep the scores of this round's images until the round is over, and which prototypes have support."""
+        tensors = {"scores": scores, "released": released}
+        save_tensors(self._file(order.run, f"scores_{order.number:05d}"), tensors, {}, _WHAT)
 
-    def scores(self, order: Order) -> Float[Tensor, "images prototypes"]:
-        """Read the scores of this round.
+    def scores(self, order: Order) -> tuple[Scores, Bool[Tensor, " prototypes"]]:
+        """Read what ``keep_scores`` kept, the scores in float64.
 
         Raises:
-            DataError: they are not there.
+            DataError: it is not there.
         """
-        return load_tensors(self._file(order.run, f"scores_{order.number:05d}"))[0]["scores"]
+        path = self._file(order.run, f"scores_{order.number:05d}")
+        if not path.exists():
+            raise DataError("has no scores of this round: it was never asked for them, or its disk was emptied")
+        tensors = load_tensors(path)[0]
+        return tensors["scores"].double(), tensors["released"]
 
     def _file(self, run: str, name: str) -> Path:
         if not _RUN_NAME.fullmatch(run):  # it becomes a folder name: never trust what came by wire

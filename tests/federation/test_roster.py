@@ -11,6 +11,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedssl import progress, wire
 from fedssl.aggregation.mean import WeightedMean
 from fedssl.aggregation.median import Median
+from fedssl.aggregation.step_normalised import StepNormalisedMean
 from fedssl.aggregation.trimmed_mean import TrimmedMean
 from fedssl.errors import FederationError
 from fedssl.update import Update
@@ -33,6 +34,7 @@ class Hospitals(InProcessGrid):
         super().__init__(self._client, {node: {"site": site} for node, site in sites.items()}, {})
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
         self.on = set(sites)
+        self.presence = {}
         self.deaf = set()
         self.answers = answers or {}
         self.asked = []
@@ -41,8 +43,9 @@ class Hospitals(InProcessGrid):
     def _client(self, message, context):
         site = str(context.node_config["site"])
         request = wire.read_order(message.content, "f")
-        if message.metadata.message_type == "query":
-            return Message(wire.write_presence(site, {"images": 10}), reply_to=message)
+        if message.metadata.message_type.startswith("query"):
+            told = self.presence.get(message.metadata.dst_node_id, wire.write_presence(site, {"images": 10}))
+            return Message(told, reply_to=message)
         self.asked.append((request.order.number, site))
         self.orders.append((site, request.order))
         state = self.answers.get(site, dict)(request.state)
@@ -102,7 +105,7 @@ def test_a_site_that_goes_is_named_at_once_and_one_that_comes_back_takes_part_ag
     assert "c" not in second.failed
     grid.on.add(4)
     assert set(next(rounds).metrics) == {"a", "b", "c"}
-    assert any("Site c is back" in str(event) for event in heard)
+    assert any("Site c takes part from now on" in str(event) for event in heard)
     last = {site: order.last for site, order in grid.orders if order.number == 3}
     assert last == {"a": 2, "b": 2, "c": 1}  # each goes on from its own state of then
 
@@ -119,7 +122,7 @@ def test_a_site_that_comes_back_under_another_node_takes_its_old_place():
 def test_two_nodes_of_one_name_are_told_apart_and_one_is_left_out():
     result = next(_rounds(Hospitals({2: "a", 3: "b", 4: "b"})))
     assert set(result.metrics) == {"a", "b"}
-    assert "second node" in result.absent["b (again)"]
+    assert "second node" in result.absent["b (node 4)"]
 
 
 def test_only_sites_on_the_list_take_part_and_those_that_miss_are_named():
@@ -194,6 +197,122 @@ def test_two_hostile_sites_of_seven_cannot_move_weights_or_prototypes_past_the_h
     result = next(_rounds(grid, aggregator))
     assert bool(((result.state["w"] >= 1.0) & (result.state["w"] <= 1.04)).all())
     torch.testing.assert_close(result.state["prototypes"], torch.eye(2))
+
+
+def test_a_refusal_under_the_name_of_another_site_leaves_that_site_in():
+    grid = Hospitals({2: "a", 3: "b", 4: "x"})
+    grid.presence[4] = wire.write_refusal(wire.Refusal("a", "is not what you think"))
+    for result in _rounds(grid, rounds=2):
+        assert set(result.metrics) == {"a", "b"}
+        assert result.absent == {"a (node 4)": "is not what you think"}
+    grid.on = {2, 3}
+    assert next(_rounds(grid)).absent == {}
+
+
+def test_a_node_that_refuses_each_time_with_another_word_fills_no_list():
+    class Chatty(Hospitals):
+        def _client(self, message, context):
+            site = str(context.node_config["site"])
+            if site == "x":
+                word = wire.Refusal(f"x{len(self.asked)}", f"reason {len(self.asked)}")
+                return Message(wire.write_refusal(word), reply_to=message)
+            return super()._client(message, context)
+
+    results = list(_rounds(Chatty({2: "a", 3: "b", 4: "x"}), rounds=20))
+    assert len(results[-1].absent) == 1
+
+
+@pytest.mark.parametrize("images", [-5, 0, 10**10])
+def test_a_site_with_an_impossible_number_of_images_is_left_out(images):
+    grid = Hospitals({2: "a", 3: "b", 4: "x"})
+    grid.presence[4] = wire.write_presence("x", {"images": images})
+    result = next(_rounds(grid, equipartition="site-marginals"))
+    assert "impossible number of images" in result.absent["node 4"]
+
+
+@pytest.mark.parametrize("name", ["", "a\nALARM: b", "$\\bad$", "[red]x", "n" * 65])
+def test_a_name_that_would_forge_a_line_of_the_log_is_refused(name, heard):
+    grid = Hospitals({2: "a", 3: "b", 4: "x"})
+    grid.presence[4] = wire.write_presence(name, {"images": 10})
+    result = next(_rounds(grid))
+    assert set(result.metrics) == {"a", "b"}
+    assert "has a name that is empty, too long" in result.absent["node 4"]
+    assert not any("ALARM" in str(event) for event in heard)
+
+
+def test_a_name_with_an_apostrophe_or_an_umlaut_is_welcome():
+    assert set(next(_rounds(Hospitals({2: "St. Mary's", 3: "Köln-Süd"}))).metrics) == {"St. Mary's", "Köln-Süd"}
+
+
+@pytest.mark.parametrize("sums", [[1.7e308, 0.0], [-1e5, 0.0], [float("nan"), 0.0], [2e4, 0.0], [0.5, 0.0]])
+def test_a_site_with_impossible_column_sums_is_left_out_of_sinkhorn_and_nobody_else(sums, heard):
+    class Negotiating(Hospitals):
+        def _client(self, message, context):
+            site = str(context.node_config["site"])
+            if message.metadata.message_type.endswith("marginals"):
+                told = sums if site == "x" else [-0.7, -0.7]
+                return Message(wire.write_column_sums(site, torch.tensor(told).double()), reply_to=message)
+            return super()._client(message, context)
+
+    grid = Negotiating({2: "a", 3: "b", 4: "x"})
+    result = next(_rounds(grid, equipartition="federated-sinkhorn", sinkhorn_iterations=2))
+    assert set(result.metrics) == {"a", "b", "x"}
+    assert sum("Federated Sinkhorn goes on without it" in str(event) for event in heard) == 1
+
+
+def test_a_site_that_hangs_in_sinkhorn_does_not_use_up_the_others_time():
+    class Hanging(Hospitals):
+        def _client(self, message, context):
+            site = str(context.node_config["site"])
+            if message.metadata.message_type.endswith("marginals"):
+                return Message(wire.write_column_sums(site, torch.tensor([-0.7, -0.7]).double()), reply_to=message)
+            return super()._client(message, context)
+
+    grid = Hanging({2: "a", 3: "b", 4: "x"})
+    rounds = _rounds(grid, rounds=2, equipartition="federated-sinkhorn", sinkhorn_iterations=3, deadline_s=0.6)
+    next(rounds)
+    grid.deaf = {4}
+    second = next(rounds)
+    assert set(second.metrics) == {"a", "b"}
+    assert set(second.failed) == {"x"}
+
+
+@pytest.mark.parametrize("steps", [999_999_999, 11])
+def test_steps_that_a_site_cannot_have_taken_are_refused(steps):
+    class Boasting(Hospitals):
+        def _client(self, message, context):
+            answer = super()._client(message, context)
+            if "steps" in answer.content.get("site", {}) and str(context.node_config["site"]) == "x":
+                answer.content["site"]["steps"] = steps
+            return answer
+
+    result = next(_rounds(Boasting({2: "a", 3: "b", 4: "x"}), StepNormalisedMean(), local_epochs=1.0))
+    assert f"{steps:.3g} steps" in result.failed["x"]
+
+
+def test_a_first_round_with_a_rate_of_nothing_refuses_nobody_in_the_second():
+    grid = Hospitals({2: "a", 3: "b"}, {"a": _times(1.01), "b": _times(1.02)})
+    start = RoundResult(0, dict(_START), usual_change=5e-8)
+    assert set(next(run_rounds(grid, start, _plan(), WeightedMean())).metrics) == {"a", "b"}
+
+
+def test_answers_that_combine_to_a_jump_end_the_run_with_a_sentence():
+    class Wild(WeightedMean):
+        def finish(self, total, reference, memory):
+            state, memory = super().finish(total, reference, memory)
+            return {name: value * 1e6 for name, value in state.items()}, memory
+
+    with pytest.raises(FederationError, match=r"combine to a change of .* nothing of it was kept"):
+        next(_rounds(Hospitals({2: "a", 3: "b"}), Wild()))
+
+
+def test_sites_on_the_list_that_are_slow_have_until_the_deadline_to_answer():
+    grid = Hospitals({2: "a", 3: "b", 4: "c"})
+    grid.deaf = {4}
+    begin = time.monotonic()
+    result = next(_rounds(grid, sites=("a", "b", "c"), deadline_s=0.5))
+    assert time.monotonic() - begin >= 0.5
+    assert result.absent["node 4"].startswith("did not answer")
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])

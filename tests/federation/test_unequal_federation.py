@@ -1,6 +1,7 @@
 """Real sites in one process: what they release, how long they work, marginals, resume with every state, partitions."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -122,7 +123,7 @@ def test_a_site_goes_on_from_the_round_that_counted_and_forgets_the_others(site)
     again = agent.train(_order(2, 4, last=1), first.state)
     assert all(torch.equal(second.state[name], again.state[name]) for name in start)
     without = agent.train(_order(2, 4, last=0), first.state)  # round 1 did not count: a fresh optimiser
-    assert without.metrics["optimizer_restarted"] == 1.0
+    assert second.metrics["optimizer_restarted"] == without.metrics["optimizer_restarted"] == 0.0
     assert not torch.equal(without.state[_A_WEIGHT], second.state[_A_WEIGHT])
     agent.train(_order(2, 4, last=1), first.state)
     agent.train(_order(3, 4, last=2), second.state)
@@ -132,7 +133,7 @@ def test_a_site_goes_on_from_the_round_that_counted_and_forgets_the_others(site)
 
 def test_a_lost_state_is_said_loudly(site, heard):
     agent, start = site()
-    agent.train(_order(2, last=1), start)
+    assert agent.train(_order(2, last=1), start).metrics["optimizer_restarted"] == 1.0
     assert any("EAST lost its optimiser state of round 1" in str(event) for event in heard)
 
 
@@ -157,11 +158,13 @@ def test_fedema_mixes_what_the_site_kept_on_its_disk(site):
 def test_sites_and_server_negotiate_what_one_sinkhorn_over_all_their_images_gives(tiny, tmp_path):
     settings = load([*tiny, f"run_dir={tmp_path}"])
     agents = [build_agent(settings, {"partition-id": number, "num-partitions": 4}) for number in range(4)]
+    for agent in agents:
+        agent.work = replace(agent.work, prototype_patients=0)  # nothing is withheld
     start, potentials = shared_state(build_method(settings)), None
     for iteration in range(4):
         sums = [agent.column_sums(_order(1), start if iteration == 0 else {}, potentials) for agent in agents]
         potentials = column_step(potentials, sums, [len(agent.images) for agent in agents])
-    scores = [agent.memory.scores(_order(1)).double() for agent in agents]
+    scores = [agent.memory.scores(_order(1))[0] for agent in agents]
     assert [len(part) for part in scores] == [len(agent.images) for agent in agents]
     pooled = sinkhorn(torch.cat(scores), epsilon=0.05, iterations=4).split([len(part) for part in scores])
     for agent, part, expected in zip(agents, scores, pooled, strict=True):
@@ -171,6 +174,19 @@ def test_sites_and_server_negotiate_what_one_sinkhorn_over_all_their_images_give
         torch.testing.assert_close(
             agent.method.marginal, site_marginal(part, potentials, epsilon=0.05).float(), rtol=0, atol=0
         )
+
+
+def test_a_column_behind_which_too_few_patients_stand_says_what_the_others_say(site):
+    agent, start = site("federation.prototype_patients=3")
+    sums = agent.column_sums(_order(1), start, None)
+    scores, released = agent.memory.scores(_order(1))
+    nearest, groups = scores.argmax(1).numpy(), agent.images.column("group")
+    support = [len(set(groups[nearest == number].tolist())) for number in range(8)]
+    assert released.tolist() == [count >= 3 for count in support]
+    assert 0 < released.sum() < 8
+    assert sums[~released].unique().tolist() == [sums[released].mean().item()]
+    strict, start = site("federation.prototype_patients=999")
+    assert strict.column_sums(_order(1), start, torch.zeros(8).double()).tolist() == [0.0] * 8
 
 
 def test_a_site_that_asks_for_scores_it_never_made_is_refused(site):
@@ -186,7 +202,7 @@ _EVERYTHING = [
 
 
 @pytest.mark.parametrize(
-    "more", [_EVERYTHING, ["federation.rounds=5", "aggregation=median", "federation.equipartition=site-marginals"]]
+    "more", [_EVERYTHING, ["federation.rounds=5", "aggregation=yogi", "federation.equipartition=site-marginals"]]
 )
 def test_a_run_with_every_state_there_is_resumes_to_the_same_bits(tiny, tmp_path, more):
     simulate([*tiny, *more, f"run_dir={tmp_path / 'whole'}"])
@@ -215,7 +231,8 @@ def test_a_run_without_a_lower_loss_stops_early_and_a_resume_does_not_go_on(tiny
     run = [*tiny, "federation.rounds=30", "federation.patience=2", "optim.lr=1e-12", f"run_dir={tmp_path / 'run'}"]
     simulate(run)
     done = _final(tmp_path / "run")
-    assert done.stopped
+    assert done.stale(2)
+    assert not done.stale(3)
     assert done.round == done.best_round + 2 < 30
     assert any("Stopped after round" in str(event) for event in heard)
     before = (tmp_path / "run" / "round_metrics.jsonl").read_text()

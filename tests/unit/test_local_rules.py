@@ -61,6 +61,14 @@ def test_fedema_over_three_rounds_is_what_a_person_computes():
     assert torch.equal(rule.begin(first, far, scale)[0]["encoder.w"], far["encoder.w"])  # mu is at most 1
 
 
+def test_fedema_does_not_measure_lambda_on_a_round_in_which_nobody_else_took_part():
+    rule, own = FedEMA(0.7), {"encoder.w": torch.tensor([3.0, 4.0])}
+    assert rule.begin(dict(own), own, None)[1] is None
+    started, scale = rule.begin({"encoder.w": torch.tensor([3.0, 5.0])}, own, None)
+    assert scale == pytest.approx(0.7)
+    assert started["encoder.w"][1].item() == pytest.approx(4.3)
+
+
 def test_fedema_measures_the_encoder_and_mixes_the_heads_too():
     received = {"encoder.w": torch.zeros(1), "projector.w": torch.zeros(1)}
     own = {"encoder.w": torch.ones(1), "projector.w": torch.full((1,), 100.0)}

@@ -107,6 +107,18 @@ def test_a_site_that_trained_by_itself_gets_its_prototypes_mass_and_use_in_our_o
     torch.testing.assert_close(turned.state["prototypes"], torch.eye(4))
 
 
+def test_a_withheld_prototype_does_not_take_the_place_of_one_of_the_sites_own():
+    reference = torch.eye(3)
+    near = torch.nn.functional.normalize(torch.tensor([[0.8, 0.6, 0.0]]), dim=1)[0]
+    own = torch.stack([reference[0], near, reference[2]])  # 0 came back as it was sent
+    update = Update(
+        "late", {"prototypes": own}, 9, 1, torch.tensor([0.0, 5.0, 5.0]), torch.ones(3), {}, independent=True
+    )
+    turned = aligned(update, reference)
+    assert turned.mass.tolist() == [5.0, 0.0, 5.0]
+    torch.testing.assert_close(turned.state["prototypes"][0], near)
+
+
 def test_by_index_is_right_with_a_shared_start_and_matching_with_permuted_starts():
     generator = torch.Generator().manual_seed(0)
     truth = torch.nn.functional.normalize(torch.randn(64, 32, generator=generator), dim=1)
