@@ -25,7 +25,7 @@ def test_partitioned_clusters_tell_the_modality_and_equipartition_inside_each_te
             "federation.rounds=6",
             "data.sites=[SOUTH,WEST]",
         ]
-        simulate([*tiny, *settings, f"method.modalities={form}", f"run_dir={run}"])
+        simulate([*tiny, *settings, "federation.prototype_patients=1", f"method.modalities={form}", f"run_dir={run}"])
         found[form] = _information(run)
     assert found["pooled"].keys() == found["partitioned"].keys() != set()
     for site, told in found["partitioned"].items():

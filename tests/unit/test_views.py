@@ -30,7 +30,7 @@ def _views(**changed):
 def _batch(images, *, modality=None, label=None, partner=None, hounsfield=None):
     black, white = torch.zeros(len(images), 1, 1, 1), torch.ones(len(images), 1, 1, 1)
     groups, labels = (None if numbers is None else torch.as_tensor(numbers) for numbers in (modality, label))
-    return ImageBatch(images, black, white, hounsfield, groups, labels, partner)
+    return ImageBatch(images, black, white, hounsfield, groups, labels, partner=partner)
 
 
 def _images(batch=4, edge=40, seed=0):
