@@ -40,6 +40,9 @@ def federated_sinkhorn(
 ) -> Guides:
     """Run the iterations of Sinkhorn over all sites' images; only sums over a site's images travel.
 
+    Each iteration has an equal share of half of the time that is left, so that a site that hangs does not use up the
+    time to train. Whoever does not answer goes on as if alone.
+
     Args:
         grid: the sites.
         members: those of the round.
@@ -48,9 +51,6 @@ def federated_sinkhorn(
         order: of the round.
         plan: iterations.
         deadline: of the round.
-
-    Each iteration has an equal share of half of the time that is left, so that a site that hangs does not use up the
-    time to train. Whoever does not answer goes on as if alone.
 
     Returns:
         The potentials of the columns for every site that answered each time.

@@ -12,11 +12,29 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-_RUN_ID = 1
-_SERVER_NODE = 1
+RUN_ID = 1
+SERVER_NODE = 1
 
 
-class InProcessGrid(Grid):
+class SimulatedGrid(Grid):
+    """What the grids of simulations have in common: there is one run, and a message is only made."""
+
+    def set_run(self, run: Run) -> None:
+        """Do nothing: there is one run."""
+
+    @property
+    def run(self) -> Run:
+        """The only run."""
+        return Run.create_empty(RUN_ID)
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Make a message."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+
+class InProcessGrid(SimulatedGrid):
     """Carries messages to simulated nodes.
 
     Args:
@@ -33,25 +51,11 @@ class InProcessGrid(Grid):
     ) -> None:
         self._client_app = client_app
         self._contexts = {
-            node: Context(_RUN_ID, node, dict(node_config), RecordDict(), dict(run_config))
+            node: Context(RUN_ID, node, dict(node_config), RecordDict(), dict(run_config))
             for node, node_config in nodes.items()
         }
         self._waiting: dict[str, Message] = {}
         self._sent = 0
-
-    def set_run(self, run: Run) -> None:
-        """Do nothing: there is one run."""
-
-    @property
-    def run(self) -> Run:
-        """The only run."""
-        return Run.create_empty(_RUN_ID)
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """Make a message."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         """Give the ids of the simulated nodes."""
@@ -91,10 +95,10 @@ def run_in_process(server_app: ServerApp, client_app: ClientApp, *, sites: int, 
         sites: number of simulated nodes; node i gets ``partition-id`` i.
         overrides: the run configuration's overrides.
     """
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, _RUN_ID, _SERVER_NODE
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SERVER_NODE
     nodes: dict[int, Mapping[str, int | str]] = {
         number + 2: {"partition-id": number, "num-partitions": sites} for number in range(sites)
     }
     run_config = {"overrides": overrides}
     grid = InProcessGrid(client_app, nodes, run_config)
-    server_app(grid, Context(_RUN_ID, _SERVER_NODE, {}, RecordDict(), dict(run_config)))
+    server_app(grid, Context(RUN_ID, SERVER_NODE, {}, RecordDict(), dict(run_config)))

@@ -25,15 +25,12 @@ from typing import Any
 from flwr.app import Context, Message, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedssl import progress
 from fedssl.storage import atomic_file
+from simulations.grid import RUN_ID, SERVER_NODE, SimulatedGrid
 
-_RUN_ID = 1
-_SERVER_NODE = 1
 _POLL_S = 0.01
 _PATIENCE_S = 3.0  # for the sites to stop by themselves, and again after each signal
 
@@ -45,7 +42,7 @@ def process_context() -> ForkServerContext:
     return context
 
 
-class SpoolGrid(Grid):
+class SpoolGrid(SimulatedGrid):
     """Carries messages to sites in other processes; each one made is a new session.
 
     Args:
@@ -66,20 +63,6 @@ class SpoolGrid(Grid):
             folder.mkdir(parents=True, exist_ok=True)
             for old in folder.glob("[!.]*"):  # a name with a dot may just be written
                 old.unlink(missing_ok=True)
-
-    def set_run(self, run: Run) -> None:
-        """Do nothing: there is one run."""
-
-    @property
-    def run(self) -> Run:
-        """The only run."""
-        return Run.create_empty(_RUN_ID)
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """Make a message."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         """Give the ids of all simulated nodes: one whose process is dead may be started again."""
@@ -125,8 +108,8 @@ def serve_site(spool: Path, node: int, node_config: Mapping[str, int | str], run
     from client.app import app as client_app
 
     threading.Thread(target=_go_with_the_parent, daemon=True).start()
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, _RUN_ID, node
-    context = Context(_RUN_ID, node, dict(node_config), RecordDict(), dict(run_config))
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, node
+    context = Context(RUN_ID, node, dict(node_config), RecordDict(), dict(run_config))
     inbox = spool / "inbox" / str(node)
     inbox.mkdir(parents=True, exist_ok=True)
     while inbox.is_dir() and not (spool / "stop").exists():
@@ -180,8 +163,8 @@ def _go_with_the_parent() -> None:
 def _lead(grid: Grid, overrides: str) -> None:
     from server.app import app as server_app
 
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, _RUN_ID, _SERVER_NODE
-    server_app(grid, Context(_RUN_ID, _SERVER_NODE, {}, RecordDict(), {"overrides": overrides}))
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SERVER_NODE
+    server_app(grid, Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {"overrides": overrides}))
 
 
 def run_in_processes(*, sites: int, overrides: str) -> None:

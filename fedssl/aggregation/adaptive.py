@@ -50,15 +50,6 @@ class _Adaptive(Aggregator):
     def second_moment(self, second: Float[Tensor, "*shape"], move: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Return v after a round from v before it and the round's move d."""
 
-    def start(self) -> RunningSum:
-        """Begin with an empty sum."""
-        return RunningSum()
-
-    def fold(self, total: RunningSum, state: State, reference: State, *, examples: int, steps: int) -> None:  # noqa: ARG002
-        """Add one site's state, weighted by its images."""
-        for name, value in state.items():
-            total.add(name, value, examples)
-
     def finish(self, total: RunningSum, reference: State, memory: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Take the server's step; the memory is both moments after it."""
         state: dict[str, Tensor] = {}

@@ -22,12 +22,11 @@ class Aggregator(ABC):
     robust: bool = False
     least_sites: int = 1
 
-    @abstractmethod
-    def start(self) -> Any:  # noqa: ANN401 - each rule has a running total of its own
-        """Make the empty running total of a round."""
+    def start(self) -> Any:  # noqa: ANN401 - a rule may have a running total of its own
+        """Make the empty running total of a round: a sum, weighted by images."""
+        return RunningSum()
 
-    @abstractmethod
-    def fold(self, total: Any, state: State, reference: State, *, examples: int, steps: int) -> None:  # noqa: ANN401
+    def fold(self, total: Any, state: State, reference: State, *, examples: int, steps: int) -> None:  # noqa: ANN401, ARG002
         """Add one site's state to ``total``; afterwards the state can be dropped.
 
         Args:
@@ -37,6 +36,8 @@ class Aggregator(ABC):
             examples: images that the site trained on.
             steps: optimiser steps that the site took.
         """
+        for name, value in state.items():
+            total.add(name, value, examples)
 
     @abstractmethod
     def finish(self, total: Any, reference: State, memory: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # noqa: ANN401

@@ -8,15 +8,6 @@ from fedssl.aggregation.base import Aggregator, RunningSum, State
 class WeightedMean(Aggregator):
     """FedAvg: sum_i n_i w_i / sum_i n_i with n_i the images of site i. Remembers nothing."""
 
-    def start(self) -> RunningSum:
-        """Begin with an empty sum."""
-        return RunningSum()
-
-    def fold(self, total: RunningSum, state: State, reference: State, *, examples: int, steps: int) -> None:  # noqa: ARG002
-        """Add one site's state, weighted by its images."""
-        for name, value in state.items():
-            total.add(name, value, examples)
-
     def finish(
         self,
         total: RunningSum,

@@ -39,15 +39,6 @@ class ServerMomentum(Aggregator):
         self.rate = rate
         self.nesterov = nesterov
 
-    def start(self) -> RunningSum:
-        """Begin with an empty sum."""
-        return RunningSum()
-
-    def fold(self, total: RunningSum, state: State, reference: State, *, examples: int, steps: int) -> None:  # noqa: ARG002
-        """Add one site's state, weighted by its images."""
-        for name, value in state.items():
-            total.add(name, value, examples)
-
     def finish(self, total: RunningSum, reference: State, memory: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Take the server's step; the memory is the velocity after it."""
         state, velocities = {}, {}
