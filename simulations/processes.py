@@ -160,7 +160,7 @@ def _go_with_the_parent() -> None:
         os._exit(1)
 
 
-def _lead(grid: Grid, overrides: str) -> None:
+def _lead(grid: SpoolGrid, overrides: str) -> None:
     from server.app import app as server_app
 
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SERVER_NODE
