@@ -37,10 +37,17 @@ def flower(tmp_path):
             os.kill(int(process.name), signal.SIGTERM)
 
 
+_EVERYTHING = [
+    "aggregation=adam", "local=ema", "federation.equipartition=federated-sinkhorn", "federation.sinkhorn_iterations=2",
+    "federation.precision=bfloat16", "federation.prototype_patients=2",
+]  # fmt: skip
+
+
 @pytest.mark.federation
-def test_flwr_run_and_the_in_process_simulation_end_with_equal_bits(tiny, tmp_path, flower):
-    simulate([*tiny, f"run_dir={tmp_path / 'ours'}"])
-    overrides = " ".join([*tiny, f"run_dir={tmp_path / 'flower'}"])
+@pytest.mark.parametrize("more", [[], _EVERYTHING], ids=["plain", "every message there is"])
+def test_flwr_run_and_the_in_process_simulation_end_with_equal_bits(tiny, tmp_path, flower, more):
+    simulate([*tiny, *more, f"run_dir={tmp_path / 'ours'}"])
+    overrides = " ".join([*tiny, *more, f"run_dir={tmp_path / 'flower'}"])
     done = subprocess.run(
         ["flwr", "run", HOUSE, "local", "--stream", "-c", f'overrides="{overrides}"', "--federation-config",
          "num-supernodes=4 client-resources-num-cpus=1"],

@@ -213,6 +213,7 @@ def test_a_federation_that_is_killed_again_and_again_ends_as_one_that_nobody_dis
     sys.stdout.write(f"\n{words}; at operations: {Counter((tmp_path / 'operations').read_text().splitlines())}\n")
 
 
+@pytest.mark.federation
 def test_a_federation_of_processes_ends_with_the_bits_of_one_in_a_single_process(overrides, tmp_path):
     from client.app import app as client_app
     from server.app import app as server_app

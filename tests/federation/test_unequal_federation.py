@@ -201,9 +201,10 @@ _EVERYTHING = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "more", [_EVERYTHING, ["federation.rounds=5", "aggregation=yogi", "federation.equipartition=site-marginals"]]
-)
+_OTHERS = ["federation.rounds=5", "aggregation=yogi", "federation.equipartition=site-marginals"]
+
+
+@pytest.mark.parametrize("more", [_EVERYTHING, pytest.param(_OTHERS, marks=pytest.mark.federation)])
 def test_a_run_with_every_state_there_is_resumes_to_the_same_bits(tiny, tmp_path, more):
     simulate([*tiny, *more, f"run_dir={tmp_path / 'whole'}"])
 
