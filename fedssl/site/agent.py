@@ -196,7 +196,8 @@ class SiteAgent:
     ) -> Float[Tensor, " prototypes"]:
         """Answer one iteration of federated Sinkhorn: see ``fedssl.marginals.column_log_sums``.
 
-        The column of a prototype behind which too few patients stand says what the others say on average.
+        The column of a prototype behind which too few patients stand says what the least of the others says: less
+        would tell of these patients, more would keep images from ever being moved there.
 
         Args:
             order: which round of which run.
@@ -217,7 +218,7 @@ class SiteAgent:
             self.memory.keep_scores(order, scores, support >= self.work.prototype_patients)
         scores, released = self.memory.scores(order)
         sums = column_log_sums(scores, potentials, epsilon=self.method.epsilon)
-        return torch.where(released, sums, sums[released].mean() if bool(released.any()) else 0.0)
+        return torch.where(released, sums, sums[released].min() if bool(released.any()) else 0.0)
 
     def _recall(self, order: Order) -> Remembered | None:
         """Take up the site's state of the last round that counted; None, with an alarm, if it is not there."""
