@@ -112,7 +112,7 @@ def check_update(update: Update, reference: Mapping[str, Tensor], limits: Limits
         raise UpdateRefused(
             update.site,
             f"it changed the weights by {change:.3g} times their norm, more than the {limits.change:.3g} that are "
-            "allowed (federation.largest_change)",
+            "allowed here (federation.largest_change, or 100 times the usual change of the last round)",
         )
     return change
 

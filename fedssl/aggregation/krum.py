@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedssl.aggregation.base import Aggregator, State
-from fedssl.aggregation.spool import Spool
-from fedssl.errors import ConfigError, FederationError
+from fedssl.aggregation.base import State
+from fedssl.aggregation.spool import Gathering, Spool
+from fedssl.errors import ConfigError
 
 
-class Krum(Aggregator):
+class Krum(Gathering):
     """Takes the states that lie among the others. Remembers nothing.
 
     Args:
@@ -29,8 +29,6 @@ class Krum(Aggregator):
         ConfigError: a value is no whole number above 0.
     """
 
-    robust = True
-
     def __init__(self, hostile: int = 1, keep: int = 1) -> None:
         for key, value in (("hostile", hostile), ("keep", keep)):
             if type(value) is not int or value < 1:
@@ -38,14 +36,6 @@ class Krum(Aggregator):
         self.hostile = hostile
         self.keep = keep
         self.least_sites = max(2 * hostile + 3, hostile + 2 + keep)
-
-    def start(self) -> Spool:
-        """Begin with an empty spool."""
-        return Spool()
-
-    def fold(self, total: Spool, state: State, reference: State, *, examples: int, steps: int) -> None:  # noqa: ARG002
-        """Keep one site's state until all are there."""
-        total.add(state)
 
     def finish(
         self,
@@ -58,12 +48,8 @@ class Krum(Aggregator):
         Raises:
             FederationError: too few sites answered.
         """
-        if total.sites < self.least_sites:
-            raise FederationError(
-                f"{total.sites} sites answered well, and Krum with aggregation.hostile={self.hostile} and "
-                f"aggregation.keep={self.keep} needs {self.least_sites}. Lower aggregation.hostile or "
-                "aggregation.keep, or add sites."
-            )
+        what = f"Krum with aggregation.hostile={self.hostile} and aggregation.keep={self.keep}"
+        self.require(total, what, "Lower aggregation.hostile or aggregation.keep, or add sites.")
         distances = torch.zeros(total.sites, total.sites, dtype=torch.float64)
         for block in total.blocks():
             distances += squared_distances(block)

@@ -7,24 +7,14 @@ same: a number of images is a claim.
 from jaxtyping import Float
 from torch import Tensor
 
-from fedssl.aggregation.base import Aggregator, State
-from fedssl.aggregation.spool import Spool
-from fedssl.errors import FederationError
+from fedssl.aggregation.base import State
+from fedssl.aggregation.spool import Gathering, Spool
 
 
-class Median(Aggregator):
+class Median(Gathering):
     """The middle value of each weight; of an even number of sites the mean of the middle two. Remembers nothing."""
 
-    robust = True
     least_sites = 3  # of two, one moves the median as it likes
-
-    def start(self) -> Spool:
-        """Begin with an empty spool."""
-        return Spool()
-
-    def fold(self, total: Spool, state: State, reference: State, *, examples: int, steps: int) -> None:  # noqa: ARG002
-        """Keep one site's state until all are there."""
-        total.add(state)
 
     def finish(
         self,
@@ -37,11 +27,7 @@ class Median(Aggregator):
         Raises:
             FederationError: fewer than three sites answered.
         """
-        if total.sites < self.least_sites:
-            raise FederationError(
-                f"{total.sites} sites answered well, and a median that holds off one hostile site needs "
-                f"{self.least_sites}. Add sites, or choose aggregation=mean."
-            )
+        self.require(total, "a median that holds off one hostile site", "Add sites, or choose aggregation=mean.")
         return total.combine(median, reference), {}
 
 

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedssl.aggregation.base import State
-from fedssl.errors import StorageError
+from fedssl.aggregation.base import Aggregator, State
+from fedssl.errors import FederationError, StorageError
 
 BLOCK = 2**22  # numbers read at once, of all sites together: 32 MiB in float64
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -126,6 +126,29 @@ class Spool:
                 rest = rest[count:]
         except OSError as error:
             raise _explained(error) from error
+
+
+class Gathering(Aggregator):
+    """What robust rules have in common: they need all states at once, and count all sites the same."""
+
+    robust = True
+
+    def start(self) -> Spool:
+        """Begin with an empty spool."""
+        return Spool()
+
+    def fold(self, total: Spool, state: State, reference: State, *, examples: int, steps: int) -> None:  # noqa: ARG002
+        """Keep one site's state until all are there."""
+        total.add(state)
+
+    def require(self, total: Spool, what: str, remedy: str) -> None:
+        """Refuse to combine too few states.
+
+        Raises:
+            FederationError: says how many answered, how many ``what`` needs, and the remedy.
+        """
+        if total.sites < self.least_sites:
+            raise FederationError(f"{total.sites} sites answered well, and {what} needs {self.least_sites}. {remedy}")
 
 
 def _bytes(flat: Float[Tensor, " columns"]) -> memoryview:

@@ -10,12 +10,12 @@ from functools import partial
 from jaxtyping import Float
 from torch import Tensor
 
-from fedssl.aggregation.base import Aggregator, State
-from fedssl.aggregation.spool import Spool
-from fedssl.errors import ConfigError, FederationError
+from fedssl.aggregation.base import State
+from fedssl.aggregation.spool import Gathering, Spool
+from fedssl.errors import ConfigError
 
 
-class TrimmedMean(Aggregator):
+class TrimmedMean(Gathering):
     """The mean without the extremes. Remembers nothing.
 
     Args:
@@ -25,8 +25,6 @@ class TrimmedMean(Aggregator):
         ConfigError: ``hostile`` is no whole number above 0.
     """
 
-    robust = True
-
     def __init__(self, hostile: int = 1) -> None:
         if type(hostile) is not int or hostile < 1:
             raise ConfigError(
@@ -35,14 +33,6 @@ class TrimmedMean(Aggregator):
             )
         self.hostile = hostile
         self.least_sites = 2 * hostile + 1
-
-    def start(self) -> Spool:
-        """Begin with an empty spool."""
-        return Spool()
-
-    def fold(self, total: Spool, state: State, reference: State, *, examples: int, steps: int) -> None:  # noqa: ARG002
-        """Keep one site's state until all are there."""
-        total.add(state)
 
     def finish(
         self,
@@ -55,11 +45,8 @@ class TrimmedMean(Aggregator):
         Raises:
             FederationError: too few sites answered.
         """
-        if total.sites < self.least_sites:
-            raise FederationError(
-                f"{total.sites} sites answered well, and a trimmed mean with aggregation.hostile={self.hostile} needs "
-                f"{self.least_sites}. Lower aggregation.hostile, or add sites."
-            )
+        what = f"a trimmed mean with aggregation.hostile={self.hostile}"
+        self.require(total, what, "Lower aggregation.hostile, or add sites.")
         return total.combine(partial(trimmed_mean, hostile=self.hostile), reference), {}
 
 
