@@ -133,7 +133,8 @@ def scenario(root, tmp_path, seed, first_kills, later_kills):
         for _ in range(5 * kills):
             operation = killed_run(root, store.folder, rng, operations) if len(cut) < enough else None
             cut += [operation] if operation else []
-            if operations < 60 and len(cut) < enough:
+            finished = operation is None  # a finished index leaves nothing to cut off before something changes
+            if (finished or operations < 60) and len(cut) < enough:
                 change(root, rng)
         assert len(cut) >= enough
         store.open(rescan=True)
