@@ -1,7 +1,6 @@
 """Evaluate a run: its encoder, those of its arms and the baselines, on the same labels, patients and resamples."""
 
 import csv
-import hashlib
 import io
 import json
 from collections.abc import Mapping
@@ -14,37 +13,26 @@ import numpy as np
 from fedssl import progress
 from fedssl.build import build_method, image_edge
 from fedssl.build_images import chosen_sites, open_images, training_digest
-from fedssl.checkpoint import Checkpoint, load_checkpoint
+from fedssl.checkpoint import load_checkpoint
 from fedssl.config import Config
 from fedssl.data.cache import ImageStore
 from fedssl.data.labels import label_table
 from fedssl.data.splits import test_mask
-from fedssl.errors import ConfigError, DataError
+from fedssl.errors import DataError
 from fedssl.evaluation.features import embed, intensity_statistics, metadata, raw_pixels
-from fedssl.evaluation.protocol import Score, compare, score_encoders
+from fedssl.evaluation.protocol import Score, compare, probe_encoders, score_cells
 from fedssl.evaluation.prototype_sheet import write_sheet
-from fedssl.evaluation.task import Task, make_task
-from fedssl.methods.base import PROTOTYPES, Method
+from fedssl.evaluation.task import Question, Task, make_task
+from fedssl.methods.base import PROTOTYPES
 from fedssl.run_folder import RunFolder
 from fedssl.storage import atomic_file, write_json
 from fedssl.update import load_shared_state
+from fedssl.weights import identity, resolve_run, trained_checkpoint
 
 RESULTS, SHEET = "evaluation.json", "prototypes.png"
 PRETRAINED, RANDOM = "federated", "random encoder"
 _ARM_TITLES = {"single_site": "single site", "pooled": "pooled"}
 _BOTH, _LINEAR = ("linear", "knn"), ("linear",)
-
-
-def resolve_run(path: Path) -> tuple[RunFolder, Path]:
-    """Find the run folder and the checkpoint that a path means: a run folder (its last checkpoint) or a checkpoint.
-
-    Raises:
-        ConfigError: there is no run.
-    """
-    folder = RunFolder(path.parent.parent if path.suffix == ".safetensors" else path)
-    if folder.path.resolve().parent.name == "arms":
-        raise ConfigError(f"{folder.path.name} is an arm of a comparison. Evaluate the run that it belongs to.")
-    return folder, path if path.suffix == ".safetensors" else folder.last
 
 
 def evaluate_run(path: Path, labels: Path | None = None, changed: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -62,7 +50,7 @@ def evaluate_run(path: Path, labels: Path | None = None, changed: Mapping[str, A
     folder, checkpoint_path = resolve_run(path)
     config = folder.config()
     config["evaluation"] |= dict(changed or {})
-    checkpoint = _trained(checkpoint_path)
+    checkpoint = trained_checkpoint(checkpoint_path)
     store = open_images(config)
     folder.bind_images(training_digest(config, store))
     task = _task(config, store, labels)
@@ -71,17 +59,17 @@ def evaluate_run(path: Path, labels: Path | None = None, changed: Mapping[str, A
     features = {RANDOM: embed(method.encoder, store, task.rows, edge=edge)}
     encoders: dict[str, Any] = {RANDOM: {"round": 0, "images_seen": 0}}
     for name, source in _arms(folder, checkpoint_path, config["federation"]["rounds"]).items():
-        arm = checkpoint if source == checkpoint_path else _trained(source)
+        arm = checkpoint if source == checkpoint_path else trained_checkpoint(source)
         load_shared_state(method, arm.state)
         features[name] = embed(method.encoder, store, task.rows, edge=edge)
-        encoders[name] = _identity(source, arm, method)
+        encoders[name] = identity(arm, method)
     load_shared_state(method, checkpoint.state)
     if PROTOTYPES in checkpoint.state:
         write_sheet(folder.path / SHEET, method, store, task.rows, features[PRETRAINED])
     features |= {
         "raw pixels (PCA)": raw_pixels(store, task.rows, task.rows[task.train]),
         "grey-value statistics": intensity_statistics(store, task.rows),
-        "metadata only": metadata(store, task.rows, task.covariates),
+        "metadata only": metadata(store, task.rows, task.images.covariates),
     }
     results = _score(features, encoders, task, config) | {"encoders": encoders, "synthetic": _is_synthetic(config)}
     write_json(folder.path / RESULTS, results, "the evaluation")
@@ -89,37 +77,15 @@ def evaluate_run(path: Path, labels: Path | None = None, changed: Mapping[str, A
     return results
 
 
-def trained_method(path: Path) -> tuple[Config, Method]:
-    """Load a run's configuration and its trained method, on the CPU.
-
-    Raises:
-        ConfigError: there is no run, or the encoder never trained.
-    """
-    folder, checkpoint = resolve_run(path)
-    config = folder.config()
-    config["training"]["device"] = "cpu"
-    method = build_method(config)
-    load_shared_state(method, _trained(checkpoint).state)
-    return config, method
-
-
-def _trained(path: Path) -> Checkpoint:
-    checkpoint = load_checkpoint(path)
-    if checkpoint.round == 0 or checkpoint.images_seen == 0:
-        raise ConfigError(
-            f"{path.name} holds an encoder that never trained. Evaluate a checkpoint of a finished round."
-        )
-    return checkpoint
-
-
 def _task(config: Config, store: ImageStore, labels: Path | None) -> Task:
     data, evaluation = config["data"], config["evaluation"]
     table = labels or (Path(evaluation["labels"]) if evaluation["labels"] else None)
     held_out = test_mask(store, test_fraction=data["test_fraction"], unseen_sites=data["unseen_sites"])
     sites = chosen_sites(config, store)
+    question = Question(evaluation["label"], evaluation["where"], evaluation["covariates"])
     return make_task(
-        store, label_table(store, table, evaluation["label"]), label=evaluation["label"], where=evaluation["where"],
-        covariates=evaluation["covariates"], held_out=held_out, sites=sites, unseen_sites=data["unseen_sites"],
+        store, label_table(store, table, question.labels), question, held_out=held_out, sites=sites,
+        unseen_sites=data["unseen_sites"],
     )  # fmt: skip
 
 
@@ -135,41 +101,29 @@ def _arms(folder: RunFolder, checkpoint: Path, rounds: int) -> dict[str, Path]:
     return arms
 
 
-def _identity(path: Path, checkpoint: Checkpoint, method: Method) -> dict[str, Any]:
-    """Say which weights were evaluated, so that nobody can mistake them."""
-    return {
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "round": checkpoint.round,
-        "images_seen": checkpoint.images_seen,
-        "sites": checkpoint.sites,
-        "method": type(method).__name__,
-        "fingerprint": checkpoint.fingerprint,
-    }
-
-
 def _score(features: Mapping[str, Any], encoders: Mapping[str, Any], task: Task, config: Config) -> dict[str, Any]:
     evaluation = config["evaluation"]
-    scores, values = score_encoders(
+    cells = probe_encoders(
         features,
         task,
         probes={name: _BOTH if name in encoders else _LINEAR for name in features},
         fractions=evaluation["fractions"],
         seeds=evaluation["seeds"],
-        resamples=evaluation["bootstrap"],
     )
+    scores, values = score_cells(list(cells), task, resamples=evaluation["bootstrap"])
     others = [name for name in encoders if name != PRETRAINED]
     counts = {domain: int(mask.sum()) for domain, mask in task.tests.items()}
     patients = {domain: len(np.unique(task.patients[mask])) for domain, mask in task.tests.items()}
     return {
         "label": evaluation["label"],
-        "classes": task.classes,
+        "classes": task.targets.names,
         "train_patients": len(np.unique(task.patients[task.train])),
         "test_images": counts,
         "test_patients": patients,
         "seeds": evaluation["seeds"],
         "resamples": evaluation["bootstrap"],
         "scores": [asdict(score) for score in scores],
-        "differences": [asdict(difference) for difference in compare(values, PRETRAINED, others)],
+        "differences": [asdict(difference) for difference in compare(values, PRETRAINED, others, patients)],
     }
 
 

@@ -56,7 +56,7 @@ def scores_of(run: Path, method: str, seed: int) -> Iterator[dict[str, Any]]:
             signs = collapsed if score["encoder"] == PRETRAINED else []
             yield {
                 "method": name, "seed": seed, "domain": score["domain"], "fraction": score["fraction"],
-                "auroc": score["auroc"], "collapsed": signs, "loss": rounds[-1]["train/loss"],
+                "auroc": score["value"], "collapsed": signs, "loss": rounds[-1]["train/loss"],
             }  # fmt: skip
 
 

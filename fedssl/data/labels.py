@@ -14,8 +14,16 @@ from fedssl.errors import DataError
 _OWN_NAMES = "(image)"  # of a table made from the index: its files have no other name there
 
 
-def join_labels(store: ImageStore, table: pa.Table, columns: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Find the images of a label table; rows without a value in the first column are left out.
+def join_labels(
+    store: ImageStore, table: pa.Table, labels: Sequence[str], others: Sequence[str] = ()
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Find the images of a label table; rows without any label are left out.
+
+    Args:
+        store: the images.
+        table: a column ``file``, and the others.
+        labels: columns of which one must hold a value.
+        others: further columns.
 
     Returns:
         [labelled] rows of the store, and [labelled] values by column.
@@ -23,7 +31,7 @@ def join_labels(store: ImageStore, table: pa.Table, columns: Sequence[str]) -> t
     Raises:
         DataError: a column is missing, a file is listed twice, or none is known.
     """
-    own = _OWN_NAMES in table.column_names
+    own, columns = _OWN_NAMES in table.column_names, [*labels, *others]
     missing = [name for name in [_OWN_NAMES if own else "file", *columns] if name not in table.column_names]
     if missing:
         raise DataError(
@@ -50,15 +58,16 @@ def join_labels(store: ImageStore, table: pa.Table, columns: Sequence[str]) -> t
         text = f"{len(place) - len(used)} of {len(place)} labels belong to no readable image."
         progress.publish(progress.Note(text, alarm=len(used) < len(place) / 2))
     picked = table.take([number for _, number in found])
-    valid = np.array([value is not None and value != "" for value in picked[columns[0]].to_pylist()])
+    given = zip(*(picked[name].to_pylist() for name in labels), strict=True)
+    valid = np.array([any(value is not None and value != "" for value in values) for values in given])
     entries = {name: np.asarray(picked[name].to_pylist(), dtype=object)[valid] for name in columns}
     return np.array([row for row, _ in found])[valid], entries
 
 
-def label_table(store: ImageStore, path: Path | None, label: str) -> pa.Table:
+def label_table(store: ImageStore, path: Path | None, labels: Sequence[str]) -> pa.Table:
     """Read the label file, or take the labels that the index holds (column ``label``)."""
     if path is not None:
-        return read_table(path, [label])
+        return read_table(path, labels)
     return pa.table({_OWN_NAMES: store.column("image"), "label": store.column("label")})
 
 
@@ -70,7 +79,7 @@ def labels_of_images(store: ImageStore, path: Path | None, label: str) -> np.nda
     """
     if path is None:
         return store.column("label")
-    rows, entries = join_labels(store, label_table(store, path, label), [label])
+    rows, entries = join_labels(store, label_table(store, path, [label]), [label])
     labels = np.full(len(store), "", object)
     labels[rows] = entries[label].astype(str)
     return labels.astype(np.str_)

@@ -1,10 +1,12 @@
 """Features of images: of a frozen encoder, and of baselines that have seen no training."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from jaxtyping import Float
 from sklearn.decomposition import PCA
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedssl import progress
@@ -18,7 +20,14 @@ _PIXEL_COMPONENTS = 64
 
 
 @torch.no_grad()
-def embed(encoder: nn.Module, store: ImageStore, rows: np.ndarray, *, edge: int) -> Float[np.ndarray, "images width"]:
+def embed(
+    encoder: nn.Module,
+    store: ImageStore,
+    rows: np.ndarray,
+    *,
+    edge: int,
+    change: Callable[[Tensor], Tensor] | None = None,
+) -> Float[np.ndarray, "images width"]:
     """Frozen features of whole images without augmentation.
 
     Args:
@@ -26,13 +35,15 @@ def embed(encoder: nn.Module, store: ImageStore, rows: np.ndarray, *, edge: int)
         store: the images.
         rows: which ones, in which order.
         edge: pixels on a side of the encoder's input.
+        change: of the images, [batch, channels, edge, edge] from 0 to 1, before they are shown to the encoder.
     """
     device = next(encoder.parameters()).device
     encoder.eval()
     parts = []
     for start in range(0, len(rows), _CHUNK):
         images = image_batch(store.read(rows[start : start + _CHUNK])).shown().to(device)
-        parts.append(encoder(centre_view(images, edge=edge)).float().cpu())
+        seen = images if change is None else change(images)
+        parts.append(encoder(centre_view(seen, edge=edge)).float().cpu())
         progress.publish(progress.Done("embedding images", min(start + _CHUNK, len(rows)), len(rows)))
     return torch.cat(parts).numpy()
 

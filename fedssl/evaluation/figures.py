@@ -32,7 +32,7 @@ _NOT_DRAWN = {"round", "site", "images", "steps", "seconds", "data_wait", "optim
 
 def label_efficiency(scores: Sequence[Mapping[str, Any]], *, probe: str) -> str:
     """AUROC against the share of labelled patients, one panel a domain, with 95 % intervals."""
-    chosen = [score for score in scores if score["probe"] == probe]
+    chosen = [score for score in scores if score["probe"] == probe and score["metric"] == "auroc"]
     domains = list(dict.fromkeys(score["domain"] for score in chosen))
     encoders = list(dict.fromkeys(score["encoder"] for score in chosen))
     figure = Figure(figsize=(5.2 * len(domains), 4.6), layout="constrained")
@@ -44,7 +44,7 @@ def label_efficiency(scores: Sequence[Mapping[str, Any]], *, probe: str) -> str:
             share = [100 * score["fraction"] for score in line]
             style = "--" if encoder in _DASHED else "-"
             colour = _COLOURS[number % len(_COLOURS)]
-            axes.plot(share, [score["auroc"] for score in line], style, marker="o", ms=4, color=colour, label=encoder)
+            axes.plot(share, [score["value"] for score in line], style, marker="o", ms=4, color=colour, label=encoder)
             axes.fill_between(
                 share, [s["low"] for s in line], [s["high"] for s in line], color=colour, alpha=0.10, lw=0
             )

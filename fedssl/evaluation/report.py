@@ -85,7 +85,7 @@ def headline(results: Mapping[str, Any]) -> list[str]:
         own = _find(results["scores"], "federated", share, domain)
         sentences.append(
             f"With labels of {own['labelled_patients']} training patients ({100 * share:g} %), a linear probe on "
-            f"the federated encoder reaches AUROC {_estimate(own, 'auroc')} {_place(domain)}."
+            f"the federated encoder reaches AUROC {_estimate(own, 'value')} {_place(domain)}."
         )
         sentences += [
             f"Against {gap['other']}: {gap['difference']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]: {_verdict(gap)}"
@@ -123,7 +123,7 @@ def _table(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     lines: dict[tuple[str, str, str], dict[float, str]] = {}
     for score in results["scores"]:
         key = (score["domain"], score["encoder"], score["probe"])
-        lines.setdefault(key, {})[score["fraction"]] = _estimate(score, "auroc")
+        lines.setdefault(key, {})[score["fraction"]] = _estimate(score, "value")
     return [
         {"domain": domain, "encoder": encoder, "probe": probe, "cells": [cells[share] for share in sorted(cells)]}
         for (domain, encoder, probe), cells in sorted(lines.items(), key=lambda line: line[0][0])

@@ -1,48 +1,12 @@
-"""AUROC and its uncertainty: patients are resampled, never single images of a patient."""
+"""Uncertainty of figures of merit, and tests of their differences: the unit is the patient, never a single image."""
+
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy.special import ndtr, ndtri, stdtrit
 
-PERCENTILES = (2.5, 97.5)
-
-
-def weighted_auroc(
-    scores: Float[np.ndarray, " images"],
-    positive: Bool[np.ndarray, " images"],
-    weights: Float[np.ndarray, "resamples images"],
-) -> Float[np.ndarray, " resamples"]:
-    """Area under the ROC curve for many weightings of the same images at once.
-
-    The probability that a positive image scores above a negative one, ties counted half (Hanley & McNeil 1982); NaN
-    where a weighting leaves one class without weight.
-    """
-    order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) != 0])
-    ordered = weights[:, order]
-    positives = np.add.reduceat(ordered * positive[order], starts, axis=1)
-    negatives = np.add.reduceat(ordered * ~positive[order], starts, axis=1)
-    below = np.cumsum(negatives, axis=1) - 0.5 * negatives
-    pairs = positives.sum(1) * negatives.sum(1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(pairs > 0, (positives * below).sum(1) / pairs, np.nan)
-
-
-def macro_auroc(
-    scores: Float[np.ndarray, "images classes"],
-    labels: Int[np.ndarray, " images"],
-    weights: Float[np.ndarray, "resamples images"],
-) -> Float[np.ndarray, " resamples"]:
-    """AUROC of two classes, or the mean over more classes (those present) of each against the rest."""
-    classes = [1] if scores.shape[1] == 2 else [number for number in range(scores.shape[1]) if (labels == number).any()]
-    each = [weighted_auroc(scores[:, number], labels == number, weights) for number in classes]
-    return np.mean(each, axis=0)
-
-
-def patient_weights(patients: np.ndarray, *, resamples: int, seed: int) -> Float[np.ndarray, "resamples images"]:
-    """Weights of the images: first row one (the sample itself), then bootstrap resamples of whole patients."""
-    names, owner = np.unique(patients, return_inverse=True)
-    draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
-    return np.concatenate([np.ones((1, len(names))), draws])[:, owner]
+TAIL = 0.025  # of a 95 % interval, on each side
 
 
 def combine_seeds(values: Float[np.ndarray, "seeds resamples"], *, seed: int) -> Float[np.ndarray, " resamples"]:
@@ -58,7 +22,123 @@ def combine_seeds(values: Float[np.ndarray, "seeds resamples"], *, seed: int) ->
     return np.take_along_axis(values, draws, axis=0).mean(0)
 
 
-def interval(values: Float[np.ndarray, " resamples"]) -> tuple[float, float, float]:
-    """Return the estimate (column 0) and the 95 % percentile interval of the resamples."""
-    low, high = np.nanpercentile(values[1:], PERCENTILES)
+def interval(values: Float[np.ndarray, " resamples"], patients: int | None = None) -> tuple[float, float, float]:
+    """Return the estimate (column 0) and the 95 % percentile interval of the resamples; NaN ones are left out.
+
+    Args:
+        values: by draw.
+        patients: how many were drawn from: with few, percentiles are too narrow, so they are widened as Student's t is
+            against the normal (Hesterberg 2015, section 4.2, "expanded percentile interval"). None: not widened.
+    """
+    known = values[1:][~np.isnan(values[1:])]
+    if not len(known):
+        return float(values[0]), float("nan"), float("nan")
+    tail = TAIL
+    if patients is not None:
+        spread = np.sqrt(patients / (patients - 1)) * stdtrit(patients - 1, 1 - TAIL) if patients > 1 else np.inf
+        tail = float(ndtr(-spread))
+    low, high = np.quantile(known, [tail, 1 - tail])
     return float(values[0]), float(low), float(high)
+
+
+def p_value(differences: Float[np.ndarray, " draws"]) -> float:
+    """Two-sided bootstrap p-value of no difference: twice the smaller share of draws on one side of zero.
+
+    A draw at zero counts on both sides, and one is added to counts and draws so that p is never 0 (Davison & Hinkley
+    1997, section 4.2). Draws that are NaN are left out; at most 1.
+
+    Args:
+        differences: column 0 is the estimate, the others are bootstrap draws.
+    """
+    drawn = differences[1:][~np.isnan(differences[1:])]
+    smaller = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    return min(1.0, float(2 * (smaller + 1) / (len(drawn) + 1)))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """P-values adjusted so that the chance of any false claim among them stays at the level (Holm 1979).
+
+    The smallest is multiplied by their number, the next by one less and so on; none falls below the one before it.
+
+    Returns:
+        In the order given; at most 1.
+    """
+    order = np.argsort(p, kind="stable")
+    factors = np.arange(len(order), 0, -1)
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(np.asarray(p, dtype=np.float64)[order] * factors))
+    return adjusted.tolist()
+
+
+def delong(
+    scores: Float[np.ndarray, "tests images"],
+    positive: Bool[np.ndarray, " images"],
+    patients: np.ndarray | None = None,
+) -> tuple[Float[np.ndarray, " tests"], Float[np.ndarray, "tests tests"]]:
+    """Areas under the ROC curves of several tests on the same images, and the covariance of these areas.
+
+    One image a patient: DeLong, DeLong & Clarke-Pearson 1988. Several: Obuchowski 1997, where components are
+    summed by patient and patients with both kinds of image add a cross term.
+
+    Args:
+        scores: of each test; higher means positive.
+        positive: truth of each image.
+        patients: [images] name of each image's patient; without it each image is its own patient.
+
+    Returns:
+        areas, and their covariance: NaN with fewer than two patients with positive, or with negative, images.
+    """
+    owner = np.arange(len(positive)) if patients is None else np.unique(patients, return_inverse=True)[1].ravel()
+    higher, lower = scores[:, positive].astype(np.float64), scores[:, ~positive].astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        over = np.stack([_placements(high, low) for high, low in zip(higher, lower, strict=True)])
+        under = 1 - np.stack([_placements(low, high) for high, low in zip(higher, lower, strict=True)])
+        areas = over.sum(1) / np.float64(over.shape[1])
+        of_positive = _by_patient(over - areas[:, None], owner[positive], patients=len(np.unique(owner)))
+        of_negative = _by_patient(under - areas[:, None], owner[~positive], patients=len(np.unique(owner)))
+        cross = of_positive @ of_negative.T * _correction(owner)
+        covariance = (
+            of_positive @ of_positive.T * _correction(owner[positive])
+            + of_negative @ of_negative.T * _correction(owner[~positive])
+            + (cross + cross.T)
+        )
+    return areas, covariance
+
+
+def difference_interval(
+    areas: Float[np.ndarray, " tests"], covariance: Float[np.ndarray, "tests tests"], first: int = 0, second: int = 1
+) -> tuple[float, float, float, float]:
+    """Compare two areas of `delong` by the normal approximation (DeLong et al. 1988).
+
+    Returns:
+        area of the first less that of the second, ends of its 95 % interval, two-sided p-value (1 for tests that
+        order the images alike).
+    """
+    difference = float(areas[first] - areas[second])
+    variance = covariance[first, first] + covariance[second, second] - 2 * covariance[first, second]
+    error = float(np.sqrt(np.maximum(variance, 0)))  # rounding may leave less than nothing
+    half = float(ndtri(1 - TAIL)) * error
+    p = float(2 * ndtr(-abs(difference) / error)) if error != 0 else float(difference == 0)
+    return difference, difference - half, difference + half, p
+
+
+def _placements(
+    scores: Float[np.ndarray, " images"], others: Float[np.ndarray, " others"]
+) -> Float[np.ndarray, " images"]:
+    """Share of the others that each image scores above, ties counted half: DeLong's components, in n log n."""
+    others = np.sort(others)
+    below = np.searchsorted(others, scores, "left") + np.searchsorted(others, scores, "right")
+    return below / np.float64(2 * len(others))
+
+
+def _by_patient(
+    components: Float[np.ndarray, "tests images"], owner: Int[np.ndarray, " images"], *, patients: int
+) -> Float[np.ndarray, "tests patients"]:
+    """Sum by patient, over the number of images."""
+    return np.stack([np.bincount(owner, row, patients) for row in components]) / np.float64(len(owner))
+
+
+def _correction(owner: Int[np.ndarray, " images"]) -> np.float64:
+    """Patients over patients less one."""
+    patients = np.float64(len(np.unique(owner)))
+    return patients / (patients - 1)

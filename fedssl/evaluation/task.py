@@ -11,41 +11,121 @@ from fedssl.data.cache import ImageStore
 from fedssl.data.labels import join_labels
 from fedssl.data.pseudonym import numbered
 from fedssl.errors import DataError
+from fedssl.evaluation.targets import Targets, classes_of, findings_of
 
 IN_DOMAIN, UNSEEN = "in domain", "unseen site"
 
 
 @dataclass(frozen=True)
-class Task:
-    """Images with labels, split by patient.
+class Question:
+    """What is asked of the images.
+
+    Attributes:
+        label: the column to predict; several: findings that may occur together, one column of 1, 0 or empty each.
+        where: keep rows whose column lies in [low, high].
+        covariates: numeric columns for the metadata baseline.
+    """
+
+    label: str | Sequence[str]
+    where: Mapping[str, Sequence[float]]
+    covariates: Sequence[str] = ()
+
+    @property
+    def labels(self) -> list[str]:
+        """Name the label columns."""
+        return [self.label] if isinstance(self.label, str) else list(self.label)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images with labels.
 
     Attributes:
         rows: [images] their rows in the store.
-        labels: [images] class numbers.
-        classes: names of the classes by number.
+        targets: what is to be predicted.
         patients: [images] numbers, the same on every machine.
+        sites: [images] names of the sites.
         covariates: [images, extra] further columns of the label file, numbers.
+    """
+
+    rows: Int[np.ndarray, " images"]
+    targets: Targets
+    patients: np.ndarray
+    sites: np.ndarray
+    covariates: Float[np.ndarray, "images extra"]
+
+    def take(self, chosen: np.ndarray) -> "Labelled":
+        """Choose images by position or mask."""
+        return Labelled(
+            self.rows[chosen], self.targets.take(chosen), self.patients[chosen], self.sites[chosen],
+            self.covariates[chosen],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """Labelled images, split by patient.
+
+    Attributes:
+        images: with their labels.
         train: [images] images of training patients.
         tests: images of test patients by domain.
     """
 
-    rows: Int[np.ndarray, " images"]
-    labels: Int[np.ndarray, " images"]
-    classes: list[str]
-    patients: np.ndarray
-    covariates: Float[np.ndarray, "images extra"]
+    images: Labelled
     train: Bool[np.ndarray, " images"]
     tests: dict[str, Bool[np.ndarray, " images"]]
+
+    @property
+    def rows(self) -> Int[np.ndarray, " images"]:
+        """[images] rows in the store."""
+        return self.images.rows
+
+    @property
+    def targets(self) -> Targets:
+        """What is to be predicted of the images."""
+        return self.images.targets
+
+    @property
+    def patients(self) -> np.ndarray:
+        """[images] numbers of the patients."""
+        return self.images.patients
+
+
+def label_images(store: ImageStore, table: pa.Table, question: Question) -> Labelled:
+    """Join a label table to the images that it names.
+
+    Args:
+        store: the images.
+        table: a column ``file`` (path below the root), and those that the question names.
+        question: what is asked.
+
+    Raises:
+        DataError: a column is missing, no label fits an image, or a value is not usable.
+    """
+    rows, entries = join_labels(store, table, question.labels, [*question.where, *question.covariates])
+    keep = np.ones(len(rows), bool)
+    for column, (low, high) in question.where.items():
+        keep &= (entries[column].astype(float) >= low) & (entries[column].astype(float) <= high)
+    rows, entries = rows[keep], {name: values[keep] for name, values in entries.items()}
+    columns = [entries[name].tolist() for name in question.labels]
+    targets = classes_of(columns[0]) if isinstance(question.label, str) else findings_of(columns, question.labels)
+    if not targets.exclusive:
+        known = ~np.isnan(targets.values).all(1)
+        rows, targets, entries = rows[known], targets.take(known), {n: v[known] for n, v in entries.items()}
+    extra = [entries[name].astype(np.float32) for name in question.covariates]
+    return Labelled(
+        rows, targets, numbered(store.column("patient"))[rows], store.column("site")[rows],
+        np.stack(extra, 1) if extra else np.zeros((len(rows), 0), np.float32),
+    )  # fmt: skip
 
 
 def make_task(
     store: ImageStore,
     table: pa.Table,
+    question: Question,
     *,
-    label: str,
-    where: Mapping[str, Sequence[float]],
-    covariates: Sequence[str],
-    held_out: Bool[np.ndarray, " images"],
+    held_out: Bool[np.ndarray, " stored"],
     sites: Sequence[str],
     unseen_sites: Sequence[str],
 ) -> Task:
@@ -53,10 +133,8 @@ def make_task(
 
     Args:
         store: the images.
-        table: a column ``file`` (path below the root), the label, and the columns of ``where`` and ``covariates``.
-        label: the column to predict.
-        where: keep rows whose column lies in [low, high].
-        covariates: numeric columns for the metadata baseline.
+        table: see ``label_images``.
+        question: what is asked.
         held_out: [images of the store] images of test patients.
         sites: sites that took part in training.
         unseen_sites: sites that did not.
@@ -64,79 +142,39 @@ def make_task(
     Raises:
         DataError: a column is missing, no label fits an image, or a split has only one class.
     """
-    rows, entries = join_labels(store, table, [label, *where, *covariates])
-    keep = np.ones(len(rows), bool)
-    for column, (low, high) in where.items():
-        keep &= (entries[column].astype(float) >= low) & (entries[column].astype(float) <= high)
-    site = store.column("site")[rows]
-    keep &= np.isin(site, [*sites, *unseen_sites])
-    rows, site, entries = rows[keep], site[keep], {name: values[keep] for name, values in entries.items()}
-    classes, labels = np.unique(entries[label].astype(str), return_inverse=True)
-    if len(classes) < 2:
-        raise DataError(
-            f"The label column {label} has only one class among the {len(rows)} images that are scored, so nothing can "
-            "be learned from it. Check evaluation.label and evaluation.where."
-        )
-    test = held_out[rows]
-    domains = {IN_DOMAIN: test & np.isin(site, sites), UNSEEN: test & np.isin(site, unseen_sites)}
-    extra = [entries[name].astype(np.float32) for name in covariates]
-    task = Task(
-        rows, labels, classes.tolist(), numbered(store.column("patient"))[rows],
-        np.stack(extra, 1) if extra else np.zeros((len(rows), 0), np.float32),
-        ~test & np.isin(site, sites), {name: mask for name, mask in domains.items() if mask.any()},
-    )  # fmt: skip
-    _require_two_classes(task)
+    images = label_images(store, table, question)
+    images = images.take(np.isin(images.sites, [*sites, *unseen_sites]))
+    test = held_out[images.rows]
+    domains = {IN_DOMAIN: test & np.isin(images.sites, sites), UNSEEN: test & np.isin(images.sites, unseen_sites)}
+    task = Task(images, ~test & np.isin(images.sites, sites), {name: m for name, m in domains.items() if m.any()})
+    require_both(task)
     return task
 
 
-def _require_two_classes(task: Task) -> None:
+def require_both(task: Task) -> None:
+    """Check that every part of a task can be scored.
+
+    Raises:
+        DataError: nothing is tested, or a part shows only one class.
+    """
+    names = task.targets.names
+    if task.targets.exclusive and len(names) < 2:
+        raise DataError(
+            f"The label column has only one class among the {len(task.rows)} images that are scored, so nothing can be "
+            "learned from it. Check evaluation.label and evaluation.where."
+        )
     if not task.tests:
         raise DataError(
             "No labelled image belongs to a test patient. Raise data.test_fraction, or name data.unseen_sites."
         )
     for name, mask in {"training patients": task.train, **task.tests}.items():
-        if len(np.unique(task.labels[mask])) < 2:
+        if not usable(task.targets.take(mask)):
             raise DataError(
                 f"The labelled images of the {name} show fewer than two classes, so AUROC is not defined there. Label "
                 "more patients, or change data.test_fraction."
             )
 
 
-def nested_label_subsets(
-    task: Task, fractions: Sequence[float], *, seeds: int
-) -> dict[tuple[float, int], Int[np.ndarray, " labelled"]]:
-    """Choose the labelled training images for each fraction and seed, whole patients at a time.
-
-    For one seed the subsets are nested. The order of patients is random, except that the first ones together show every
-    class: a hospital that labels only a few patients would make sure of that, and a probe needs it. All encoders share
-    the subsets.
-
-    Returns:
-        Positions in the task's images by (fraction, seed).
-    """
-    names = np.unique(task.patients[task.train])
-    subsets = {}
-    for seed in range(seeds):
-        order = np.random.default_rng(seed).permutation(names)
-        first = _first_with_all_classes(task, order)
-        ordered = np.concatenate([first, order[~np.isin(order, first)]])
-        for fraction in fractions:
-            count = max(len(first), int(np.ceil(fraction * len(names) - 1e-9)))
-            chosen = task.train & np.isin(task.patients, ordered[:count])
-            subsets[fraction, seed] = np.flatnonzero(chosen)
-    return subsets
-
-
-def _first_with_all_classes(task: Task, order: np.ndarray) -> np.ndarray:
-    """Walk through the patients and keep those that add a class not seen yet."""
-    seen: set[int] = set()
-    first: list[np.ndarray] = []
-    wanted = len(np.unique(task.labels[task.train]))
-    for patient in order:
-        if len(seen) == wanted:
-            break
-        shown = set(task.labels[task.train & (task.patients == patient)].tolist())
-        if shown - seen:
-            first.append(patient)
-            seen |= shown
-    return np.array(first)
+def usable(targets: Targets) -> bool:
+    """Two classes, whichever; or of each finding both."""
+    return len(np.unique(targets.classes)) > 1 if targets.exclusive else targets.complete

@@ -7,13 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import roc_auc_score
 
 from fedssl.aggregation import prototypes as prototype_rules
 from fedssl.aggregation.mean import WeightedMean
 from fedssl.aggregation.prototypes import PrototypeSum
 from fedssl.data.pairing import epoch_order
-from fedssl.evaluation.statistics import weighted_auroc
 from fedssl.optim import Schedule
 from fedssl.packing import pack, unpack
 from fedssl.prototypes import perplexity, sinkhorn
@@ -52,21 +50,6 @@ def test_an_epoch_holds_every_image_once_and_spreads_each_patient_evenly(sizes, 
         if size > 1:
             others = len(sizes)  # each other patient can slip in once more than its share
             assert gaps.max() <= len(patients) / size + others
-
-
-@given(SEEDS, st.integers(2, 25), st.integers(1, 4))
-def test_weighted_auroc_equals_scikit_learn_with_ties(seed, images, resamples):
-    rng = np.random.default_rng(seed)
-    scores, positive = rng.integers(0, 5, images).astype(float), rng.random(images) < 0.5
-    positive[:2] = [True, False]
-    weights = rng.integers(1, 4, (resamples, images)).astype(float)
-    ours = weighted_auroc(scores, positive, weights)
-    for row, value in zip(weights, ours, strict=True):
-        assert value == pytest.approx(roc_auc_score(positive, scores, sample_weight=row), abs=1e-12)
-
-
-def test_weighted_auroc_is_not_a_number_where_a_resample_has_one_class():
-    assert np.isnan(weighted_auroc(np.array([0.1, 0.9]), np.array([False, True]), np.array([[1.0, 0.0]]))[0])
 
 
 _DTYPES = [torch.float32, torch.float64, torch.float16, torch.int64, torch.uint8, torch.bool]

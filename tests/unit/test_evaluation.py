@@ -21,9 +21,11 @@ from fedssl.data.store import Source, Store
 from fedssl.errors import ConfigError, DataError
 from fedssl.evaluation.features import intensity_statistics, metadata, raw_pixels
 from fedssl.evaluation.probe import linear_probe, nearest_neighbours
-from fedssl.evaluation.protocol import compare, score_encoders
-from fedssl.evaluation.statistics import combine_seeds, interval, patient_weights
-from fedssl.evaluation.task import make_task, nested_label_subsets
+from fedssl.evaluation.protocol import compare, probe_encoders, score_cells
+from fedssl.evaluation.statistics import combine_seeds
+from fedssl.evaluation.subsets import held_back, nested_label_subsets, rehearsal
+from fedssl.evaluation.targets import Targets, classes_of, findings_of
+from fedssl.evaluation.task import UNSEEN, Question, make_task
 from fedssl.label_efficiency import evaluate_run
 from simulations.run import simulate
 
@@ -33,16 +35,15 @@ SITES = ["EAST", "HARBOUR", "SOUTH", "WEST"]
 def _task(root, folder, table=None, **changed):
     store = Store(folder, Source(root), Decoding(32)).open()
     held_out = mask_of_test_patients(store, test_fraction=0.3, unseen_sites=[UNSEEN_SITE])
-    plain = {"label": LABEL, "where": {}, "covariates": [], "sites": SITES, "unseen_sites": [UNSEEN_SITE]}
+    question = Question(**({"label": LABEL, "where": {}, "covariates": []} | changed))
     table = read_table(root / "labels.csv") if table is None else table
-    return store, make_task(store, table, held_out=held_out, **(plain | changed))
+    return store, make_task(store, table, question, held_out=held_out, sites=SITES, unseen_sites=[UNSEEN_SITE])
 
 
 def _auroc(features, task, domain, fraction=1.0):
-    scores, _ = score_encoders(
-        {"x": features}, task, probes={"x": ["linear"]}, fractions=[fraction], seeds=1, resamples=10
-    )
-    return next(score.auroc for score in scores if score.domain == domain)
+    cells = probe_encoders({"x": features}, task, probes={"x": ["linear"]}, fractions=[fraction], seeds=1)
+    scores, _ = score_cells(list(cells), task, resamples=10)
+    return next(score.value for score in scores if score.domain == domain)
 
 
 def test_the_lesion_of_the_synthetic_hospitals_cannot_be_told_from_pixels_statistics_or_metadata(tmp_path):
@@ -51,7 +52,7 @@ def test_the_lesion_of_the_synthetic_hospitals_cannot_be_told_from_pixels_statis
     baselines = {
         "pixels": raw_pixels(store, task.rows, task.rows[task.train]),
         "statistics": intensity_statistics(store, task.rows),
-        "metadata": metadata(store, task.rows, task.covariates),
+        "metadata": metadata(store, task.rows, task.images.covariates),
     }
     for name, features in baselines.items():
         for domain in task.tests:
@@ -61,9 +62,9 @@ def test_the_lesion_of_the_synthetic_hospitals_cannot_be_told_from_pixels_statis
 def test_a_feature_that_is_the_label_scores_one_and_noise_scores_a_half(hospitals, tmp_path):
     _, task = _task(hospitals, tmp_path)
     rng = np.random.default_rng(0)
-    perfect = np.stack([task.labels, rng.random(len(task.labels))], 1).astype(np.float32)
+    perfect = np.stack([task.targets.classes, rng.random(len(task.rows))], 1).astype(np.float32)
     assert _auroc(perfect, task, "in domain") == pytest.approx(1.0)
-    noise = [_auroc(np.random.default_rng(s).random((len(task.labels), 3)), task, "unseen site") for s in range(20)]
+    noise = [_auroc(np.random.default_rng(s).random((len(task.rows), 3)), task, "unseen site") for s in range(20)]
     assert np.mean(noise) == pytest.approx(0.5, abs=0.06)
 
 
@@ -78,7 +79,7 @@ def test_label_subsets_are_nested_hold_whole_patients_and_every_class(hospitals,
             rows = subsets[fraction, seed]
             chosen = set(task.patients[rows])
             assert set(rows) == set(np.flatnonzero(task.train & np.isin(task.patients, list(chosen))))
-            assert set(task.labels[rows]) == {0, 1}
+            assert set(task.targets.classes[rows]) == {0, 1}
     assert len({tuple(subsets[0.1, seed]) for seed in range(4)}) > 1
     assert set(subsets[1.0, 0]) == set(np.flatnonzero(task.train))
 
@@ -131,13 +132,13 @@ def test_the_linear_probe_is_scikit_learns_on_standardised_features():
     mean, deviation = train.mean(0), train.std(0)
     model = LogisticRegression(C=0.01, class_weight="balanced", max_iter=1000).fit((train - mean) / deviation, labels)
     expected = model.predict_proba((test - mean) / deviation)
-    np.testing.assert_allclose(linear_probe(train, labels, test, classes=2), expected, atol=1e-9)
+    np.testing.assert_allclose(linear_probe(train, classes_of(labels.tolist()), test), expected, atol=1e-9)
 
 
 def test_nearest_neighbours_equal_a_loop_over_all_pairs():
     rng = np.random.default_rng(1)
     train, labels, test = rng.normal(size=(60, 4)), np.arange(60) % 3, rng.normal(size=(7, 4))
-    votes = nearest_neighbours(train, labels, test, classes=3)
+    votes = nearest_neighbours(train, classes_of(labels.tolist()), test)
     for row, point in zip(votes, test, strict=True):
         cosines = [float(point @ other / np.linalg.norm(point) / np.linalg.norm(other)) for other in train]
         nearest = sorted(range(60), key=lambda i: -cosines[i])[:20]
@@ -146,36 +147,72 @@ def test_nearest_neighbours_equal_a_loop_over_all_pairs():
 
 
 def test_a_class_without_labelled_images_gets_probability_zero():
-    train, labels = np.random.default_rng(0).normal(size=(10, 2)), np.arange(10) % 2
-    assert linear_probe(train, labels, train, classes=3)[:, 2].tolist() == [0.0] * 10
+    train, two = np.random.default_rng(0).normal(size=(10, 2)), np.eye(3)[np.arange(10) % 2]
+    assert linear_probe(train, Targets(two, ["a", "b", "c"], exclusive=True), train)[:, 2].tolist() == [0.0] * 10
 
 
-def test_the_bootstrap_draws_whole_patients():
-    patients = np.repeat(["a", "b", "c", "d"], [1, 5, 2, 4])
-    weights = patient_weights(patients, resamples=200, seed=0)
-    assert (weights[0] == 1).all()
-    for patient in "abcd":
-        columns = weights[:, patients == patient]
-        assert (columns == columns[:, :1]).all()
-    assert weights[1:, [0, 1, 6, 8]].sum(1).tolist() == [4.0] * 200
-
-
-def test_the_bootstrap_interval_covers_the_truth_as_often_as_it_says():
-    """AUROC of shifted normals is known: Phi(d / sqrt 2); 300 studies of 60 patients with 3 images each."""
+def test_findings_are_probed_one_by_one_on_the_images_where_they_are_known():
     rng = np.random.default_rng(0)
-    shift, truth, hits, studies = 1.0, 0.7602, 0, 300
-    for study in range(studies):
-        labels = np.repeat(rng.random(60) < 0.5, 3)
-        patient_effect = np.repeat(rng.normal(size=60), 3)
-        scores = (
-            shift * labels + patient_effect
-        )  # images of a patient agree fully: the hardest case for image bootstrap
-        from fedssl.evaluation.statistics import weighted_auroc
+    train, test = rng.normal(size=(40, 3)), rng.normal(size=(5, 3))
+    values = np.where(rng.random((40, 2)) < 0.3, np.nan, rng.integers(0, 2, (40, 2))).astype(float)
+    found = Targets(values, ["a", "b"], exclusive=False)
+    for number in range(2):
+        known = ~np.isnan(values[:, number])
+        alone = linear_probe(train[known], classes_of(values[known, number].tolist()), test)[:, 1]
+        np.testing.assert_allclose(linear_probe(train, found, test)[:, number], alone, atol=1e-9)
+        votes = [
+            sum(w * v for w, v in near) / sum(w for w, _ in near)
+            for near in (_known_neighbours(train, values[:, number], point) for point in test)
+        ]
+        np.testing.assert_allclose(nearest_neighbours(train, found, test)[:, number], votes, atol=1e-9)
 
-        values = weighted_auroc(scores, labels, patient_weights(np.repeat(np.arange(60), 3), resamples=400, seed=study))
-        _, low, high = interval(values)
-        hits += low <= truth <= high
-    assert 0.91 <= hits / studies <= 0.98
+
+def _known_neighbours(train, values, point):
+    cosines = [float(point @ other / np.linalg.norm(point) / np.linalg.norm(other)) for other in train]
+    nearest = sorted(range(len(train)), key=lambda i: -cosines[i])[:20]
+    return [(np.exp(cosines[i] / 0.07), values[i]) for i in nearest if not np.isnan(values[i])]
+
+
+def test_a_finding_that_was_never_seen_both_ways_gets_what_was_seen():
+    values = np.array([[1.0, np.nan], [1.0, np.nan], [1.0, np.nan]])
+    found = Targets(values, ["a", "b"], exclusive=False)
+    assert linear_probe(np.eye(3), found, np.eye(3)).tolist() == [[1.0, 0.5]] * 3
+
+
+def test_findings_are_read_from_columns_of_ones_zeros_and_nothing():
+    found = findings_of([[1, "0", None], ["True", "", -1]], ["a", "b"])
+    np.testing.assert_array_equal(found.values, [[1, 1], [0, np.nan], [np.nan, np.nan]])
+    with pytest.raises(DataError, match="column b"):
+        findings_of([[1], ["maybe"]], ["a", "b"])
+
+
+def test_several_columns_make_a_task_of_findings(hospitals, tmp_path):
+    table = read_table(hospitals / "labels.csv")
+    other = pa.array([None if number % 5 == 0 else number % 2 for number in range(table.num_rows)])
+    _, task = _task(hospitals, tmp_path, table.append_column("other", other), label=[LABEL, "other"])
+    assert (task.targets.names, task.targets.exclusive) == ([LABEL, "other"], False)
+    assert task.targets.scored == [0, 1]
+    for rows in nested_label_subsets(task, [0.01], seeds=3).values():
+        assert task.targets.take(rows).complete
+
+
+def test_an_unseen_site_is_divided_by_patient_to_train_with_its_own_labels(hospitals, tmp_path):
+    _, task = _task(hospitals, tmp_path)
+    own = held_back(task, 0.5)
+    here = task.tests[UNSEEN]
+    assert list(own.tests) == [UNSEEN]
+    assert not set(task.patients[own.train]) & set(task.patients[own.tests[UNSEEN]])
+    assert (own.train | own.tests[UNSEEN]).tolist() == here.tolist()
+
+
+def test_a_rehearsal_leaves_the_test_patients_out_altogether(hospitals, tmp_path):
+    _, task = _task(hospitals, tmp_path)
+    tried = rehearsal(task, 0.25)
+    tested = np.any(list(task.tests.values()), axis=0)
+    assert list(tried.tests) == ["in domain"]
+    assert not (tried.train & tested).any()
+    assert not (tried.tests["in domain"] & tested).any()
+    assert not set(task.patients[tried.train]) & set(task.patients[tried.tests["in domain"]])
 
 
 def test_seeds_are_averaged_in_the_estimate_and_drawn_in_the_resamples():
@@ -190,11 +227,11 @@ def test_a_difference_is_paired_so_equal_encoders_tie_exactly(hospitals, tmp_pat
     _, task = _task(hospitals, tmp_path)
     features = np.random.default_rng(0).normal(size=(len(task.rows), 4)).astype(np.float32)
     probes = {"federated": ["linear"], "twin": ["linear"]}
-    _, values = score_encoders(
-        {"federated": features, "twin": features}, task, probes=probes, fractions=[0.5], seeds=2, resamples=50
-    )
-    for gap in compare(values, "federated", ["twin"]):
-        assert (gap.difference, gap.low, gap.high) == (0.0, 0.0, 0.0)
+    both = {"federated": features, "twin": features}
+    cells = list(probe_encoders(both, task, probes=probes, fractions=[0.5], seeds=2))
+    _, values = score_cells(cells, task, resamples=50)
+    for gap in compare(values, "federated", ["twin"], {"in domain": 9, "unseen site": 9}):
+        assert (gap.difference, gap.low, gap.high, gap.p) == (0.0, 0.0, 0.0, 1.0)
 
 
 @pytest.fixture
@@ -211,9 +248,9 @@ def test_an_evaluation_names_the_weights_and_holds_every_encoder_share_and_domai
     assert results["encoders"]["federated"]["images_seen"] > 0
     assert len(results["encoders"]["federated"]["sha256"]) == 64
     cells = {(s["encoder"], s["probe"], s["fraction"], s["domain"]) for s in results["scores"]}
-    assert len(cells) == (3 * 2 + 3) * 5 * 2
+    assert len(cells) == (3 * 2 + 3) * 6 * 2
     assert all(
-        s["low"] <= s["auroc"] + 1e-9 and s["auroc"] <= s["high"] + 1e-9
+        s["low"] <= s["value"] + 1e-9 and s["value"] <= s["high"] + 1e-9
         for s in results["scores"]
         if s["fraction"] == 1
     )
@@ -250,7 +287,7 @@ def test_the_exported_encoder_gives_the_same_features_in_another_program(evaluat
     import onnxruntime
     import torch
 
-    from fedssl.label_efficiency import trained_method
+    from fedssl.weights import trained_method
 
     run, _ = evaluated
     assert CliRunner().invoke(cli.app, ["export", str(run)]).exit_code == 0

@@ -1,0 +1,81 @@
+"""Trained encoders on disk: which weights they are, and that they were trained at all."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedssl.build import build_method
+from fedssl.checkpoint import Checkpoint, load_checkpoint
+from fedssl.config import Config
+from fedssl.errors import ConfigError
+from fedssl.methods.base import Method
+from fedssl.run_folder import RunFolder
+from fedssl.update import load_shared_state
+
+
+def resolve_run(path: Path) -> tuple[RunFolder, Path]:
+    """Find the run folder and the checkpoint that a path means: a run folder (its last checkpoint) or a checkpoint.
+
+    Raises:
+        ConfigError: there is no run.
+    """
+    folder = RunFolder(path.parent.parent if path.suffix == ".safetensors" else path)
+    if folder.path.resolve().parent.name == "arms":
+        raise ConfigError(f"{folder.path.name} is an arm of a comparison. Evaluate the run that it belongs to.")
+    return folder, path if path.suffix == ".safetensors" else folder.last
+
+
+def trained_checkpoint(path: Path) -> Checkpoint:
+    """Load a checkpoint whose encoder was trained.
+
+    Raises:
+        ConfigError: it never was.
+    """
+    checkpoint = load_checkpoint(path)
+    if checkpoint.round == 0 or checkpoint.images_seen == 0:
+        raise ConfigError(
+            f"{path.name} holds an encoder that never trained. Evaluate a checkpoint of a finished round."
+        )
+    return checkpoint
+
+
+def trained_method(path: Path) -> tuple[Config, Method]:
+    """Load a run's configuration and its trained method, on the CPU.
+
+    Raises:
+        ConfigError: there is no run, or the encoder never trained.
+    """
+    folder, checkpoint = resolve_run(path)
+    config = folder.config()
+    config["training"]["device"] = "cpu"
+    method = build_method(config)
+    load_shared_state(method, trained_checkpoint(checkpoint).state)
+    return config, method
+
+
+def _hash(state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def identity(checkpoint: Checkpoint, method: Method) -> dict[str, Any]:
+    """Say which weights are evaluated, so that nobody can mistake them.
+
+    The hash is of the weights' names, shapes and values, equal for equal weights; a checkpoint's file also holds the
+    random name of its run.
+    """
+    return {
+        "sha256": _hash(checkpoint.state),
+        "round": checkpoint.round,
+        "images_seen": checkpoint.images_seen,
+        "sites": checkpoint.sites,
+        "method": type(method).__name__,
+        "fingerprint": checkpoint.fingerprint,
+    }
