@@ -22,6 +22,7 @@ REMOTE = "dicomweb+"  # the start of a root that is a PACS and no folder
 ALLOWED_TARGETS = ("fedssl.", "torch.optim.")
 _PATHS = (  # made absolute: runs are read from anywhere
     ("data", "root"), ("data", "store"), ("data", "labels"), ("evaluation", "labels"), ("encoder", "weights"),
+    ("study", "natural_weights"), ("study", "encoders"),
 )  # fmt: skip
 _SHARED_SECTIONS = ("seed", "encoder", "method", "augment", "optim", "aggregation", "local", "pairing", "collapse")
 _SHARED_KEYS = (

@@ -9,9 +9,13 @@ from fedssl.errors import ConfigError
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "configs"
 _BASE = "method@method.base"
-_ADDED = ("augment.modalities.", "encoder.options.")
-_OPEN = ("evaluation.where.", "augment.crops.", "augment.modalities.", "encoder.options.")  # keys of the user's own
-_QUOTED = {"data.root", "data.store", "data.labels", "evaluation.labels", "encoder.weights", "run_dir"}
+_ADDED = ("augment.modalities.", "encoder.options.", "evaluation.where.", "study.tasks.", "study.variants.")
+_OPEN = (*_ADDED, "augment.crops.")  # keys of the user's own
+_FILLED = {"evaluation.where", "study.tasks", "study.variants"}  # empty, to be filled as a whole
+_QUOTED = {
+    "data.root", "data.store", "data.labels", "evaluation.labels", "encoder.weights", "run_dir",
+    "study.natural_weights", "study.encoders",
+}  # fmt: skip
 
 
 def ready(override: str) -> str:
@@ -23,7 +27,7 @@ def ready(override: str) -> str:
     key, _, value = override.partition("=")
     if key == "method.base":
         return f"{_BASE}={value}"
-    if key.startswith(_ADDED):
+    if key.startswith(_ADDED) or key in _FILLED:
         return f"++{override}"
     if key not in _QUOTED or value in {"", "null", "???"} or value[0] in "'\"$":
         return override
@@ -69,7 +73,7 @@ def refuse_unknown(overrides: Sequence[str], known: list[str]) -> None:
             problems.extend(_unknown_choice(_group_of(key), override.split("=", 1)[1]))
         elif bare == "experiment":
             problems.append("write +experiment=NAME with a plus: an experiment is added to the defaults")
-        elif bare.startswith(_OPEN):
+        elif bare.startswith(_OPEN) or bare in _FILLED:
             continue
         elif key not in known:
             near = difflib.get_close_matches(bare, known, n=2, cutoff=0.5)

@@ -7,7 +7,7 @@ from fedssl.errors import ConfigError
 
 _SECTIONS = (
     "data", "encoder", "method", "augment", "optim", "aggregation", "local", "heads", "training", "federation",
-    "collapse", "simulation", "evaluation",
+    "collapse", "simulation", "evaluation", "study",
 )  # fmt: skip
 Rules = Iterator[tuple[bool, str]]
 
@@ -23,7 +23,8 @@ def check_values(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"{', '.join(empty)} must be a group of settings, not a value. See configs/config.yaml.")
     rules = [
         *_training(config["training"]), *_federation(config["federation"]), *_data(config["data"]),
-        *_evaluation(config["evaluation"]), *_simulation(config["simulation"]), *_others(config),
+        *_evaluation(config["evaluation"]), *_simulation(config["simulation"]), *_study(config["study"]),
+        *_others(config),
     ]  # fmt: skip
     problems = [sentence for holds, sentence in rules if not holds]
     if problems:
@@ -98,6 +99,28 @@ def _evaluation(evaluation: Mapping[str, Any]) -> Rules:
         isinstance(evaluation["fractions"], list) and all(_positive(f) and f <= 1 for f in evaluation["fractions"]),
         "evaluation.fractions must lie above 0 and up to 1",
     )
+    label = evaluation["label"]
+    yield (
+        isinstance(label, str) or (isinstance(label, list) and len(label) > 0),
+        "evaluation.label must be the name of a column, or a list of them",
+    )
+    yield (evaluation["patients"] in {"test", "validation"}, "evaluation.patients must be test or validation")
+
+
+def _study(study: Mapping[str, Any]) -> Rules:
+    yield (
+        isinstance(study["variants"], dict) and all(isinstance(v, list) for v in study["variants"].values()),
+        'study.variants must be {NAME: ["SETTING=VALUE", ...]}',
+    )
+    yield (
+        isinstance(study["tasks"], dict)
+        and all(isinstance(t, dict) and t.keys() <= {"label", "where", "covariates"} for t in study["tasks"].values()),
+        "study.tasks must be {NAME: {label: ..., where: ..., covariates: ...}}",
+    )
+    yield (_share(study["unseen_test"]) and study["unseen_test"] > 0, "study.unseen_test must lie between 0 and 1")
+    parts = study["finetune"]["parts"]
+    yield (isinstance(parts, list) and set(parts) <= {"all", "last"}, "study.finetune.parts may hold all and last")
+    yield (isinstance(study["arms"], list), "study.arms must be a list")
 
 
 def _simulation(simulation: Mapping[str, Any]) -> Rules:

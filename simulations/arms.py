@@ -4,7 +4,7 @@ All arms see equally many images: an arm with fewer images passes over them more
 differ from: it trains plainly, whatever rule the federated one follows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,32 +45,45 @@ def plan_arms(config: Config, store: ImageStore, overrides: Sequence[str]) -> li
             "With training.local_seconds nobody knows how many images an arm sees. Set simulation.arms=[federated], or "
             "training.local_epochs or training.local_steps."
         )
-    taking = config["federation"]["participation"]
-    steps = training["local_steps"] and max(1, round(training["local_steps"] * len(images) * taking))
     arms = [Arm(FEDERATED, f"federated ({len(images)} sites)", folder, list(overrides), len(images))]
     for name in config["simulation"]["arms"]:
         if name == FEDERATED:
             continue
         alone = name == SINGLE_SITE
-        share = images[largest] / sum(images.values()) if alone else 1.0
-        changed = {
-            "run_dir": str(folder / "arms" / name),
-            "simulation.arms": f"[{FEDERATED}]",
-            "federation.min_sites": "1",
-            "federation.sites": "null",
-            "federation.participation": "1.0",
-            "federation.equipartition": "local",
-            "aggregation": "mean",
-            "local": "plain",
-            "federation.patience": "null",
-            "federation.prototype_patients": "1",
-            "training.local_epochs": repr(training["local_epochs"] * taking / share),
-            "training.local_steps": str(steps or "null"),
-        }
-        changed |= {"simulation.only": f"'{largest}'"} if alone else {"simulation.pool": "true"}
+        own = only_one_site(config, images, overrides, largest if alone else None)
+        place = {"run_dir": str(folder / "arms" / name), "simulation.arms": f"[{FEDERATED}]"}
         title = f"{largest} alone" if alone else "all images pooled"
-        arms.append(Arm(name, title, folder / "arms" / name, _replace(overrides, changed), 1))
+        arms.append(Arm(name, title, folder / "arms" / name, _replace(own, place), 1))
     return arms
+
+
+def only_one_site(config: Config, images: Mapping[str, int], overrides: Sequence[str], site: str | None) -> list[str]:
+    """Overrides for one site alone, or for all images pooled at one site, that see as many images as the federation.
+
+    Args:
+        config: of the federation.
+        images: number of images of each site.
+        overrides: of the federation.
+        site: who trains alone; None: all images pooled.
+    """
+    training, taking = config["training"], config["federation"]["participation"]
+    steps = training["local_steps"] and max(1, round(training["local_steps"] * len(images) * taking))
+    share = 1.0 if site is None else images[site] / sum(images.values())
+    changed = {
+        "federation.min_sites": "1",
+        "federation.sites": "null",
+        "federation.participation": "1.0",
+        "federation.equipartition": "local",
+        "aggregation": "mean",
+        "local": "plain",
+        "federation.patience": "null",
+        "federation.prototype_patients": "1",
+        "training.local_epochs": repr(training["local_epochs"] * taking / share),
+        "training.local_steps": str(steps or "null"),
+    }
+    return _replace(
+        overrides, changed | ({"simulation.pool": "true"} if site is None else {"simulation.only": f"'{site}'"})
+    )
 
 
 def _replace(overrides: Sequence[str], changed: dict[str, str]) -> list[str]:
