@@ -1,9 +1,9 @@
-# make demo | make test | make test-all | make bench        (VENV=folder, PYTHON=python3.12 to choose)
+# make demo | make study | make test | make test-all | make bench        (VENV=folder, PYTHON=python3.12 to choose)
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-all bench lock clean
+.PHONY: install demo study test test-all bench lock clean
 
 install: $(VENV)/.installed
 
@@ -15,6 +15,9 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 
 demo: install
 	$(BIN)/fedssl demo overwrite=true
+
+study: install
+	$(BIN)/fedssl demo --study
 
 test: install
 	$(BIN)/ruff check .

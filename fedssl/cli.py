@@ -1,16 +1,15 @@
 """The command ``fedssl``: verbs that call the library and turn its errors into sentences and exit codes."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from fedssl.errors import INTERRUPTED_EXIT_CODE, ConfigError, FedsslError
+from fedssl.cli_evidence import finetune, predict, study
+from fedssl.errors import ConfigError
+from fedssl.explained import RESUME, FormatOption, Overrides, explained
 from fedssl.printing import Format, print_headline, print_index, print_json, print_line, print_table
 from fedssl.storage import cache_folder
 
@@ -23,38 +22,6 @@ app = typer.Typer(
     "Start with `fedssl demo`, then point `fedssl simulate data.root=FOLDER` at your own images.\n\n"
     "Exit codes: 0 done, 1 unforeseen, 2 configuration, 3 data, 4 federation, 5 disk, 130 interrupted.",
 )
-_err = Console(stderr=True)
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        help="key=value settings, e.g. federation.rounds=10 (all: configs/config.yaml)", metavar="[KEY=VALUE]..."
-    ),
-]
-
-
-FormatOption = Annotated[Format, typer.Option("--format", help="Print for people, or as JSON for programs.")]
-
-
-@contextmanager
-def _explained(resume: str = "") -> Iterator[None]:
-    """Show progress, and end with a sentence and an exit code where something goes wrong."""
-    from fedssl.console import shown
-
-    try:
-        with shown(_err):
-            yield
-    except FedsslError as error:
-        _err.print(f"fedssl: {error}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(error.exit_code) from error
-    except KeyboardInterrupt as error:
-        _err.print(
-            f"fedssl: interrupted. {resume or 'Nothing was left half-written; run the same command again.'}",
-            markup=False,
-        )
-        raise typer.Exit(INTERRUPTED_EXIT_CODE) from error
-
-
-_RESUME = "Finished rounds are kept; the same command with resume=true (and without overwrite=true) goes on from there."
 
 
 @app.command()
@@ -62,16 +29,21 @@ def demo(
     overrides: Overrides = None,
     seed: Annotated[int, typer.Option(help="Of the synthetic hospitals.")] = 0,
     scale: Annotated[float, typer.Option(help="Factor of the number of synthetic patients.")] = 1.0,
+    whole: Annotated[bool, typer.Option("--study", help="Run the protocol of `fedssl study` on them instead.")] = False,
 ) -> None:
     """Write five synthetic hospitals, pretrain on four, evaluate on all, write runs/demo/report.html.
 
-    Takes about five minutes on two cores and needs no download. Everything it shows is synthetic.
+    Takes about five minutes on two cores (with --study under twenty) and needs no download. Everything it shows is
+    synthetic.
     """
-    with _explained(_RESUME):
+    with explained(RESUME):
         from fedssl.data.hospitals import write_hospitals
 
         root = write_hospitals(cache_folder() / "demo", seed=seed, scale=scale)
-        _simulate([f"data.root={root}", "+experiment=demo", *(overrides or [])])
+        if not whole:
+            _simulate([f"data.root={root}", "+experiment=demo", *(overrides or [])])
+    if whole:
+        study([f"data.root={root}", "+experiment=demo_study", *(overrides or [])])
 
 
 @app.command()
@@ -92,7 +64,7 @@ def index(
 
     fedssl index dicomweb+https://pacs.hospital/dicom-web 'data.filters={Modality: CT}'
     """
-    with _explained():
+    with explained():
         from fedssl.build_images import image_store
         from fedssl.config import load
         from fedssl.data.contact_sheet import write_contact_sheet
@@ -122,7 +94,7 @@ def simulate(overrides: Overrides = None) -> None:
 
     The run folder is runs/NAME; a non-empty one is never overwritten unless overwrite=true.
     """
-    with _explained(_RESUME):
+    with explained(RESUME):
         _simulate(overrides or [])
 
 
@@ -157,8 +129,9 @@ def evaluate(
 
     fedssl evaluate runs/mine --labels labels.csv --label diagnosis
     """
-    with _explained():
-        from fedssl.label_efficiency import evaluate_run, resolve_run
+    with explained():
+        from fedssl.label_efficiency import evaluate_run
+        from fedssl.weights import resolve_run
 
         results = evaluate_run(run, labels, {"label": label} if label else None)
         if output is Format.JSON:
@@ -171,17 +144,17 @@ def evaluate(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write report.html of a run again from what is in its folder."""
-    with _explained():
+    with explained():
         _write_report(run)
 
 
 @app.command()
 def export(run: Annotated[Path, typer.Argument(help="A run folder, or a checkpoint in one.")]) -> None:
     """Write the encoder as exported/encoder.onnx: standardised grey images in, features out."""
-    with _explained():
+    with explained():
         from fedssl.build import image_edge
-        from fedssl.label_efficiency import resolve_run, trained_method
         from fedssl.release.onnx import export_onnx
+        from fedssl.weights import resolve_run, trained_method
 
         config, method = trained_method(run)
         path = resolve_run(run)[0].path / "exported" / "encoder.onnx"
@@ -223,6 +196,9 @@ def _write_report(folder: Path) -> None:
     )
     print_line(f"Report: {path}")
 
+
+for verb in (study, finetune, predict):
+    app.command()(verb)
 
 if __name__ == "__main__":
     app()
