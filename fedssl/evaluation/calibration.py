@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 from scipy.optimize import minimize_scalar
-from scipy.special import expit, log_softmax, softmax
+from scipy.special import expit, log_softmax, logit, softmax
 
 from fedssl.evaluation.finetune import balance
 from fedssl.evaluation.metrics import SPECIFICITY
 from fedssl.evaluation.targets import Targets
 
 LOWEST, HIGHEST = 0.05, 20.0  # temperatures
+_NEVER = 1e-12  # probabilities below count as this one
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Bin:
 def prior_of(targets: Targets) -> Float[np.ndarray, " outputs"]:
     """Log of what balanced training took away: its weight of each output, undone (Elkan 2001, theorem 2).
 
-    Zero for classes or findings that are equally frequent.
+    Zero for classes or findings that are equally frequent, and for findings that only one value is known of. A class
+    without images has a number as if it had one image, which says nothing.
     """
     return -np.log(balance(targets))
 
@@ -49,6 +51,24 @@ def probabilities(
     """Softmax (classes) or sigmoid (findings) of logits / temperature + prior (default 0), in double precision."""
     tempered = _tempered(logits, temperature, prior)
     return softmax(tempered, axis=1) if exclusive else expit(tempered)
+
+
+def with_prior(
+    scores: Float[np.ndarray, "images outputs"], prior: Float[np.ndarray, " outputs"], *, exclusive: bool
+) -> Float[np.ndarray, "images outputs"]:
+    """Give probabilities of balanced training the frequencies back: softmax(log p + prior), sigmoid(logit p + prior).
+
+    A class of probability 0 keeps it: the labelled images lack it, and ``prior_of`` is then an arbitrary number.
+
+    Args:
+        scores: probabilities.
+        prior: see ``prior_of``.
+        exclusive: of classes, else of findings.
+    """
+    inside = scores.astype(np.float64).clip(_NEVER, 1 - _NEVER)
+    if not exclusive:
+        return expit(logit(inside) + prior)
+    return softmax(np.where(scores > 0, np.log(inside) + prior, -np.inf), axis=1)
 
 
 def _tempered(

@@ -39,9 +39,9 @@ def label_efficiency(scores: Sequence[Mapping[str, Any]], *, probe: str) -> str:
     for axes, domain in zip(np.atleast_1d(figure.subplots(1, len(domains), sharey=True)), domains, strict=True):
         for number, encoder in enumerate(encoders):
             line = sorted(
-                (s for s in chosen if (s["encoder"], s["domain"]) == (encoder, domain)), key=lambda s: s["fraction"]
+                (s for s in chosen if (s["encoder"], s["domain"]) == (encoder, domain)), key=lambda s: s["share"]
             )
-            share = [100 * score["fraction"] for score in line]
+            share = [100 * score["share"] for score in line]
             style = "--" if encoder in _DASHED else "-"
             colour = _COLOURS[number % len(_COLOURS)]
             axes.plot(share, [score["value"] for score in line], style, marker="o", ms=4, color=colour, label=encoder)
@@ -49,7 +49,7 @@ def label_efficiency(scores: Sequence[Mapping[str, Any]], *, probe: str) -> str:
                 share, [s["low"] for s in line], [s["high"] for s in line], color=colour, alpha=0.10, lw=0
             )
         _dress(axes, domain)
-        _label_shares(axes, sorted({score["fraction"] for score in chosen}))
+        _label_shares(axes, sorted({score["share"] for score in chosen}))
     axes = figure.axes[0]
     axes.set_ylabel("AUROC")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
@@ -58,7 +58,7 @@ def label_efficiency(scores: Sequence[Mapping[str, Any]], *, probe: str) -> str:
 
 def _label_shares(axes: Axes, fractions: Sequence[float]) -> None:
     axes.set_xscale("log")
-    axes.set_xticks([100 * fraction for fraction in fractions], [f"{100 * fraction:g} %" for fraction in fractions])
+    axes.set_xticks([100 * fraction for fraction in fractions], [f"{100 * fraction:.3g} %" for fraction in fractions])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("training patients with labels")
     axes.axhline(0.5, color="#999999", lw=0.8, ls=":")

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,50 +19,14 @@ from fedssl.data.batches import ImageBatch, image_batch
 from fedssl.data.cache import ImageStore, Subset
 from fedssl.encoders import feature_width
 from fedssl.errors import ConfigError, DataError
+from fedssl.evaluation.recipe import Recipe as Recipe  # also for those who import it from here
 from fedssl.evaluation.targets import Targets
 from fedssl.optim import Schedule, adamw, set_rate
 from fedssl.training import autocast_for
 
-_CHOICES = {"part": ("head", "last", "all"), "precision": ("float32", "bf16", "auto")}
-_COUNTS = ("least_steps", "most_steps", "batch_size", "checks", "patience")
 Outputs = Float[Tensor, "batch outputs"]
 Scores = Float[np.ndarray, "images outputs"]
 View = Callable[[ImageBatch, Generator], Tensor]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to fine-tune; a ConfigError names every value that is impossible."""
-
-    part: str = "all"  # what is trained: head, last (head and the encoder's last stage), all
-    lr: float = 5e-4  # of the encoder (AdamW)
-    head_lr: float = 5e-3
-    weight_decay: float = 0.05  # of weights, not of biases and norms
-    epochs: float = 15.0  # passes over the labelled images
-    least_steps: int = 100
-    most_steps: int = 1000
-    batch_size: int = 32  # lowered to the images there are
-    checks: int = 15  # looks at the validation patients, beside one before the first step
-    patience: int = 5  # looks in a row without a better one that end the training
-    validation: float = 0.2  # share of the labelled patients that decide when to stop
-    precision: str = "float32"  # float32, bf16, auto (bf16 on a GPU)
-
-    def __post_init__(self) -> None:
-        """Refuse what is no recipe."""
-        given = {name: x if type(x) in (int, float) else math.nan for name, x in vars(self).items()}
-        wrong = {name: f"one of {', '.join(of)}" for name, of in _CHOICES.items() if getattr(self, name) not in of}
-        wrong |= {x: "a whole number above 0" for x in _COUNTS if type(given[x]) is not int or given[x] < 1}
-        for name, most in (("lr", math.inf), ("head_lr", math.inf), ("epochs", math.inf), ("validation", 1)):
-            wrong |= {} if 0 < given[name] < most else {name: f"a number above 0 and below {most}"}
-        wrong |= {} if 0 <= given["weight_decay"] < math.inf else {"weight_decay": "a number of at least 0"}
-        wrong |= {"least_steps": "at most most_steps"} if given["least_steps"] > given["most_steps"] else {}
-        if wrong:
-            texts = [f"study.finetune.{name}={getattr(self, name)} must be {must}" for name, must in wrong.items()]
-            raise ConfigError("; ".join(texts) + ".")
-
-    def steps(self, images: int) -> int:
-        """Plan the steps for that many training images."""
-        return min(max(round(self.epochs * images / min(self.batch_size, images)), self.least_steps), self.most_steps)
 
 
 class Classifier(nn.Module):
@@ -124,7 +88,7 @@ def finetune(  # noqa: PLR0913 - what is trained, on what, and how
         validate: other rows and targets that decide instead; figures on these are then too good.
 
     Raises:
-        DataError: the labels, or those of ``validate``, are all the same.
+        DataError: the labels are all the same, or ``validate`` lacks a value of an output that they show both ways.
         ConfigError: the training diverges.
     """
     split, dropout, *seeds = (int(word) for word in np.random.SeedSequence(seed).generate_state(4))
@@ -132,9 +96,9 @@ def finetune(  # noqa: PLR0913 - what is trained, on what, and how
         held = validation_patients(targets, patients, share=recipe.validation, seed=split)
         validate = (rows[held], targets.take(held)) if held.any() else None
         rows, targets = rows[~held], targets.take(~held)
-    if not any({0.0, 1.0} <= set(column) for column in targets.values.T.tolist()):
+    if not targets.shown_both:
         raise DataError(f"The labels of the {len(rows)} images to learn from are all the same. Label more patients.")
-    if validate is not None and not validate[1].complete:
+    if validate is not None and not set(targets.shown_both) <= set(validate[1].shown_both):
         raise DataError("The images that decide when to stop lack a label of either kind. Choose more patients.")
     device = next(encoder.parameters()).device
     model = Classifier(copy.deepcopy(encoder), len(targets.names)).to(device)
@@ -145,7 +109,7 @@ def finetune(  # noqa: PLR0913 - what is trained, on what, and how
         if validate is None:
             return Finetuned(images=max(looks), curve=[], model=model.eval())
         scores = partial(predict, model, store, validate[0], edge=edge, exclusive=targets.exclusive)
-        return _best(model, looks, lambda: mean_auroc(scores(), validate[1]), recipe.patience)
+        return _best(model, looks, lambda: mean_auroc(scores(), validate[1], targets.shown_both), recipe.patience)
 
 
 def _best(model: Classifier, looks: Iterator[int], score: Callable[[], float], patience: int) -> Finetuned:
@@ -183,7 +147,7 @@ def _train(model: Classifier, pool: Subset, view: View, targets: Targets, recipe
             output = model(views)
         loss = balanced_loss(output.float(), values[batch], weights, exclusive=targets.exclusive)
         if not math.isfinite(loss.item()):
-            raise ConfigError(f"The loss is not finite in step {step} of {steps}. Lower study.finetune.lr.")
+            raise ConfigError(f"The loss is not finite in step {step} of {steps}. Lower finetune.lr.")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -201,11 +165,14 @@ def last_stage(encoder: nn.Module) -> list[str]:
 
 
 def validation_patients(targets: Targets, patients: np.ndarray, *, share: float, seed: int) -> Bool[np.ndarray, " all"]:
-    """Draw patients that show both values of every output, as the others do; nobody if there are too few."""
+    """Draw patients that show both values of every output that all images together show both ways, as the others do.
+
+    Nobody if there are too few.
+    """
     names, rng = np.unique(patients), np.random.default_rng(seed)
-    for _ in range(20 if len(names) >= 10 else 0):
+    for _ in range(20 if len(names) >= 10 and targets.shown_both else 0):
         held = np.isin(patients, rng.permutation(names)[: max(2, round(share * len(names)))])
-        if targets.take(held).complete and targets.take(~held).complete:
+        if targets.take(held).shown_both == targets.take(~held).shown_both == targets.shown_both:
             return held
     return np.zeros(len(patients), bool)
 
@@ -234,7 +201,7 @@ def logits(model: Classifier, store: ImageStore, rows: np.ndarray, *, edge: int)
     chunks = (image_batch(store.read(chunk)).shown() for chunk in np.split(rows, range(128, len(rows), 128)))
     values = torch.cat([model(centre_view(chunk.to(device), edge=edge)).float().cpu() for chunk in chunks])
     if not values.isfinite().all():
-        raise ConfigError("The fine-tuned encoder gives values that are not finite. Lower study.finetune.lr.")
+        raise ConfigError("The fine-tuned encoder gives values that are not finite. Lower finetune.lr.")
     return values.numpy()
 
 
@@ -244,7 +211,7 @@ def predict(model: Classifier, store: ImageStore, rows: np.ndarray, *, edge: int
     return (values.softmax(1) if exclusive else values.sigmoid()).numpy()
 
 
-def mean_auroc(scores: Scores, targets: Targets) -> float:
-    """Mean over the scored outputs, each of the images where it is known."""
+def mean_auroc(scores: Scores, targets: Targets, outputs: Sequence[int]) -> float:
+    """Mean over some outputs, each of the images where it is known, which must show both values."""
     values, known = targets.values, ~np.isnan(targets.values.T)
-    return float(np.mean([roc_auc_score(values[known[o], o], scores[known[o], o]) for o in targets.scored]))
+    return float(np.mean([roc_auc_score(values[known[o], o], scores[known[o], o]) for o in outputs]))

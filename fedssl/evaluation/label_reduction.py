@@ -10,7 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Real
 
+from fedssl.evaluation.statistics import TAIL, tail_of
+
 _ROUNDING = 1e-12  # running means of a plateau differ by as much
+_FEWER = " times fewer"
 
 
 @dataclass(frozen=True)
@@ -38,20 +41,37 @@ class Reduction:
     reached: float
 
     def text(self) -> str:
-        """Say it in words, as "4.2 times fewer labels [1.9, >= 33.3]"."""
-        unit = " times fewer labels" if self.times > 0 else ""
-        low, high = _factor(self.low, at_least=self.low_at_least), _factor(self.high, at_least=self.high_at_least)
-        return f"{_factor(self.times, at_least=self.at_least)}{unit} [{low}, {high}]"
+        """Say it in words, as "4.2 times fewer labels (95 % interval 1.9 to at least 33)"."""
+        estimate = _in_words(self.times, at_least=self.at_least)
+        unit = " labels" if self.times > 0 else " even with all labels" if self.times == 0 else ""
+        low = _in_words(self.low, at_least=self.low_at_least)
+        high = _in_words(self.high, at_least=self.high_at_least)
+        if low == high:
+            ends = f": {low}"
+        elif not all(end.endswith(_FEWER) for end in (estimate, low, high)):
+            ends = f": {low.removesuffix(_FEWER) if high.endswith(_FEWER) else low} to {high}"
+        else:
+            ends = f" {low.removesuffix(_FEWER)} to {high.removesuffix(_FEWER)}"
+        return f"{estimate}{unit} (95 % interval{ends})"
 
 
-def _factor(times: float, *, at_least: bool) -> str:
-    if math.isnan(times):
-        return "not known"
-    return ">= " * at_least + f"{times:.1f}".removesuffix(".0") if times > 0 else "not reached"
+def _in_words(times: float, *, at_least: bool) -> str:
+    """Say a factor with at most three digits; a lower limit is rounded down."""
+    if not times > 0:
+        return "not reached" if times == 0 else "not known"
+    scale = 10.0 if times < 10 else 1.0 if times < 1000 else 10.0 ** (2 - math.floor(math.log10(times)))
+    rounded = (math.floor(times * scale + _ROUNDING) if at_least else round(times * scale)) / scale
+    number = f"{rounded:.1f}".removesuffix(".0")
+    if number == "1":
+        return "at most as many" if at_least else "as many"
+    return "at least " * at_least + number + _FEWER
 
 
 def label_reduction(
-    curve: Float[np.ndarray, "fractions draws"], baseline: Float[np.ndarray, " draws"], fractions: Sequence[float]
+    curve: Float[np.ndarray, "fractions draws"],
+    baseline: Float[np.ndarray, " draws"],
+    fractions: Sequence[float],
+    patients: int | None = None,
 ) -> Reduction:
     """Compare a curve over label fractions with a baseline trained on all labels: 1 / f* (REMEDIS, Azizi et al. 2022).
 
@@ -61,7 +81,8 @@ def label_reduction(
     Args:
         curve: metric of the pretrained model; column 0 is the estimate, the others are bootstrap draws.
         baseline: metric of the baseline in the same draws. Draws with a NaN in either are left out.
-        fractions: of the labels, in any order, above 0 and up to 1.
+        fractions: of the labels, truly labelled, in any order, above 0 and up to 1.
+        patients: how many the draws are of; the interval of few is widened, see ``statistics.tail_of``.
     """
     shares, order = np.sort(np.asarray(fractions, dtype=np.float64)), np.argsort(fractions)
     assert shares[0] > 0
@@ -72,7 +93,7 @@ def label_reduction(
     times = np.full(len(known), np.nan)
     times[known] = _times(gaps[:, known], shares)
     draws = times[1:][known[1:]]
-    low, high = _ends(draws)
+    low, high = _ends(draws, tail_of(patients))
     return Reduction(
         times=float(times[0]),
         low=low,
@@ -117,11 +138,11 @@ def _first_reached(
     return np.where(above.any(0), places[before] + part * (places[after] - places[before]), np.nan)
 
 
-def _ends(values: Float[np.ndarray, " draws"]) -> tuple[float, float]:
-    """Draws at the 2.5 % and 97.5 % percentiles, rounded outwards; NaN of no draws."""
+def _ends(values: Float[np.ndarray, " draws"], tail: float = TAIL) -> tuple[float, float]:
+    """Draws at two percentiles, rounded outwards, with a share of the draws beyond each; NaN of no draws."""
     if not len(values):
         return math.nan, math.nan
-    ordered, outside = np.sort(values), (len(values) - 1) // 40
+    ordered, outside = np.sort(values), math.floor(tail * (len(values) - 1) + _ROUNDING)
     return float(ordered[outside]), float(ordered[-1 - outside])
 
 

@@ -47,8 +47,8 @@ def draw_patients(patients: np.ndarray, *, number: int, seed: int) -> Draws:
 def auroc(scores: Float[np.ndarray, "images outputs"], targets: Targets, draws: Draws) -> Float[np.ndarray, " draws"]:
     """[draws] Area under the ROC curve: how often a positive image scores above a negative one, ties counted half.
 
-    Hanley & McNeil 1982. The mean over the scored outputs, each against the rest; NaN in a draw without positive or
-    without negative images of one of them.
+    Hanley & McNeil 1982. The mean over the outputs that the images show both ways, each against the rest; NaN in a draw
+    without positive or without negative images of one of them, and everywhere if there is none.
     """
     return _mean_over_outputs(_auroc, scores, targets, draws)
 
@@ -57,8 +57,7 @@ def auprc(scores: Float[np.ndarray, "images outputs"], targets: Targets, draws: 
     """[draws] Average precision: the precision at each distinct score, weighted by the step in recall there.
 
     The area under the precision-recall curve without interpolation (Boyd, Eng & Page 2013), as scikit-learn's
-    average_precision_score. The mean over the scored outputs; NaN in a draw without positive or without negative
-    images of one of them.
+    average_precision_score. The mean over outputs and NaN as in ``auroc``.
     """
     return _mean_over_outputs(_auprc, scores, targets, draws)
 
@@ -69,7 +68,7 @@ def sensitivity_at_95_specificity(
     """[draws] The largest sensitivity among thresholds whose specificity is at least 0.95, chosen anew in each draw.
 
     An image is called positive when its score reaches the threshold; zero when only calling none positive is specific
-    enough. The mean over the scored outputs; NaN in a draw without positive or without negative images of one of them.
+    enough. The mean over outputs and NaN as in ``auroc``.
     """
     return _mean_over_outputs(_sensitivity, scores, targets, draws)
 
@@ -80,14 +79,14 @@ def balanced_accuracy(
     """[draws] Mean recall of the classes, the class being the one of the largest score (Brodersen et al. 2010).
 
     Of findings: the mean of sensitivity and specificity at the threshold 0.5 (reaching it is positive), then over
-    findings. NaN in a draw without images of a class (of more than two: of those in the test images), or of a side of
-    a finding.
+    the findings that the images show both ways. NaN in a draw without images of a class (of more than two: of those in
+    the test images), or of a side of a finding, and everywhere if the images show one class alone.
     """
     if not targets.exclusive:
         return _mean_over_outputs(_halfway, scores, targets, draws)
-    truth, names = targets.classes, range(len(targets.names))
-    right = scores.argmax(1) == truth
-    classes = [number for number in names if len(names) == 2 or (truth == number).any()]
+    truth = targets.classes
+    right, two = scores.argmax(1) == truth, len(targets.names) == 2 or not targets.shown_both
+    classes = range(len(targets.names)) if two else targets.shown_both
     each = [_share(right[truth == number], draws.owner[truth == number], draws.counts) for number in classes]
     return np.mean(each, axis=0)
 
@@ -98,7 +97,8 @@ def calibration_error(
     """[draws] Expected calibration error with 15 bins of equal width (Guo et al. 2017, equation 3).
 
     Of more than two classes: the largest probability against whether its class is right. Of two: the probability of the
-    second against its share. Of findings: each like two classes, then the mean. NaN in a draw without images.
+    second against its share. Of findings: each like two classes, then the mean over those that the images show both
+    ways, or over all if there is none. NaN in a draw without images.
 
     Args:
         scores: probabilities.
@@ -136,12 +136,10 @@ def _mean_over_outputs(
     targets: Targets,
     draws: Draws,
 ) -> Float[np.ndarray, " draws"]:
-    """Average a figure over the scored outputs; of more than two classes only over those in the test images."""
+    """Average a figure over the outputs that the images show both ways; where there is none, over all."""
     each = []
-    for output in targets.scored:
+    for output in targets.shown_both or targets.scored:
         truth = targets.values[:, output]
-        if targets.exclusive and len(targets.scored) > 1 and not truth.any():
-            continue
         known = ~np.isnan(truth)
         chosen = _Output(scores[known, output], truth[known] == 1, draws.owner[known], draws.counts)
         each.append(figure(chosen) if known.any() else np.full(draws.counts.shape[1], np.nan))

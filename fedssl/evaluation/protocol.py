@@ -8,23 +8,30 @@ import numpy as np
 from jaxtyping import Float
 
 from fedssl import progress
+from fedssl.evaluation.calibration import prior_of, with_prior
 from fedssl.evaluation.metrics import METRICS, Draws, draw_patients
 from fedssl.evaluation.probe import PROBES
 from fedssl.evaluation.statistics import combine_seeds, interval, p_value
-from fedssl.evaluation.subsets import nested_label_subsets
+from fedssl.evaluation.subsets import distinct_fractions, nested_label_subsets
+from fedssl.evaluation.targets import Targets
 from fedssl.evaluation.task import Task
 
-AUROC = "auroc"
-_OTHER_DRAWS = 1000  # of all but AUROC: their intervals need no p-values
+AUROC, _CALIBRATION = "auroc", "calibration_error"
+_BALANCED = frozenset({"linear"})  # probes that weigh classes as if they were equally frequent
 
 
 @dataclass(frozen=True)
 class Score:
-    """One figure of one encoder with one share of the labels in one domain, with its 95 % interval."""
+    """One figure of one encoder with one share of the labels in one domain, with its 95 % interval.
+
+    ``fraction`` is what was asked for; ``share`` the labelled patients over the training patients, which few patients
+    or rare classes make larger. It and the two counts are the largest over the seeds.
+    """
 
     encoder: str
     probe: str
     fraction: float
+    share: float
     labelled_patients: int
     labelled_images: int
     domain: str
@@ -58,12 +65,15 @@ class Cell:
         probe: how it was used.
         fraction: of the training patients that have labels.
         predicted: by seed and domain, [test images, outputs] probabilities.
+        priors: by seed, ``calibration.prior_of`` the labelled images where training weighed classes as if they were
+            equally frequent; None: the probabilities are used as they are.
     """
 
     encoder: str
     probe: str
     fraction: float
     predicted: Sequence[Mapping[str, Float[np.ndarray, "_images outputs"]]]
+    priors: Sequence[Float[np.ndarray, " outputs"]] | None = None
 
 
 Resamples = dict[tuple[str, str, float, str], Float[np.ndarray, " draws"]]
@@ -83,9 +93,10 @@ def probe_encoders(
         features: [images of the task, width] by encoder.
         task: labels and splits.
         probes: names of the probes of each encoder.
-        fractions: of the training patients that have labels.
+        fractions: of the training patients that have labels; of those that come out equal the largest alone.
         seeds: of the subsets.
     """
+    fractions = distinct_fractions(task, fractions, seeds=seeds)
     subsets = nested_label_subsets(task, fractions, seeds=seeds)
     total, done = sum(map(len, probes.values())) * len(fractions), 0
     for encoder, kinds in probes.items():
@@ -98,7 +109,8 @@ def probe_encoders(
                         fitted[rows.tobytes()] = _predict(features[encoder], task, probe, rows)
                 done += 1
                 progress.publish(progress.Done("fitting probes", done, total))
-                yield Cell(encoder, probe, fraction, [fitted[rows.tobytes()] for rows in chosen])
+                priors = [prior_of(task.targets.take(rows)) for rows in chosen] if probe in _BALANCED else None
+                yield Cell(encoder, probe, fraction, [fitted[rows.tobytes()] for rows in chosen], priors)
 
 
 def _predict(
@@ -116,45 +128,58 @@ def score_cells(
     """Score predictions with intervals over test patients and seeds.
 
     Args:
-        cells: what was predicted.
+        cells: what was predicted, one prediction for each seed of the subsets.
         task: labels and splits.
-        resamples: draws of the test patients for AUROC; other figures take up to 1,000 of them.
+        resamples: draws of the test patients.
         metrics: keys of ``METRICS``.
 
     Returns:
         The scores, and the AUROC of every draw for paired comparisons.
     """
     draws = {domain: draw_patients(task.patients[m], number=resamples, seed=0) for domain, m in task.tests.items()}
-    few = {domain: Draws(all_.owner, all_.counts[:, : 1 + _OTHER_DRAWS]) for domain, all_ in draws.items()}
-    fractions = sorted({cell.fraction for cell in cells})
-    counts = {key: _labelled(task, rows) for key, rows in nested_label_subsets(task, fractions, seeds=1).items()}
+    labelled = _labelled(task, cells)
     scores: list[Score] = []
     values: Resamples = {}
     for done, cell in enumerate(cells):
         for domain, mask in task.tests.items():
             for metric in metrics:
-                used = draws if metric == AUROC else few
-                combined = _combined(cell, domain, task, mask, metric, used[domain])
+                combined = _combined(cell, domain, task.targets.take(mask), metric, draws[domain])
                 if metric == AUROC:
                     values[cell.encoder, cell.probe, cell.fraction, domain] = combined
-                key = (cell.encoder, cell.probe, cell.fraction, *counts[cell.fraction, 0], domain, metric)
+                counts = labelled[cell.fraction, len(cell.predicted)]
+                key = (cell.encoder, cell.probe, cell.fraction, *counts, domain, metric)
                 scores.append(Score(*key, *interval(combined, len(draws[domain].counts))))
         progress.publish(progress.Done("scoring", done + 1, len(cells)))
     return scores, values
 
 
-def _labelled(task: Task, rows: np.ndarray) -> tuple[int, int]:
-    return len(np.unique(task.patients[rows])), len(rows)
+def _labelled(task: Task, cells: Sequence[Cell]) -> dict[tuple[float, int], tuple[float, int, int]]:
+    """By fraction and number of seeds: share of the training patients that is labelled, these patients, their images.
+
+    The largest over the seeds.
+    """
+    asked = {(cell.fraction, len(cell.predicted)) for cell in cells}
+    seeds = max((number for _, number in asked), default=0)
+    subsets = nested_label_subsets(task, sorted({fraction for fraction, _ in asked}), seeds=seeds)
+    patients = {key: len(np.unique(task.patients[rows])) for key, rows in subsets.items()}
+    everyone = len(np.unique(task.patients[task.train]))
+    counts = {}
+    for fraction, number in asked:
+        keys = [(fraction, seed) for seed in range(number)]
+        most = max(patients[key] for key in keys)
+        counts[fraction, number] = (most / everyone, most, max(len(subsets[key]) for key in keys))
+    return counts
 
 
-def _combined(
-    cell: Cell, domain: str, task: Task, mask: np.ndarray, metric: str, draws: Draws
-) -> Float[np.ndarray, " draws"]:
-    """Mean over the seeds by draw; predictions that are the same object (all labels) are scored once."""
+def _combined(cell: Cell, domain: str, targets: Targets, metric: str, draws: Draws) -> Float[np.ndarray, " draws"]:
+    """Mean over the seeds by draw; predictions that are the same object (equal labels) are scored once."""
     known: dict[int, np.ndarray] = {}
-    for predicted in cell.predicted:
+    for seed, predicted in enumerate(cell.predicted):
         if id(predicted) not in known:
-            known[id(predicted)] = METRICS[metric](predicted[domain], task.targets.take(mask), draws)
+            scores = predicted[domain]
+            if metric == _CALIBRATION and cell.priors is not None:
+                scores = with_prior(scores, cell.priors[seed], exclusive=targets.exclusive)
+            known[id(predicted)] = METRICS[metric](scores, targets, draws)
     return combine_seeds(np.stack([known[id(p)] for p in cell.predicted]), seed=zlib.crc32(domain.encode()))
 
 

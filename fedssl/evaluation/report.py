@@ -56,7 +56,7 @@ def write_report(
         sheet=base64.b64encode(sheet.read_bytes()).decode() if sheet.exists() else "",
         rounds=round_rows,
         alarms=_alarms(round_rows),
-        shares=sorted({score["fraction"] for score in results["scores"]}) if results else [],
+        shares=sorted({score["share"] for score in results["scores"]}) if results else [],
         table=_table(results) if results else [],
         config=yaml.safe_dump(_without_paths(config), sort_keys=False),
         environment=yaml.safe_dump(dict(environment), sort_keys=False),
@@ -84,8 +84,8 @@ def headline(results: Mapping[str, Any]) -> list[str]:
     for domain in results["test_images"]:
         own = _find(results["scores"], "federated", share, domain)
         sentences.append(
-            f"With labels of {own['labelled_patients']} training patients ({100 * share:g} %), a linear probe on "
-            f"the federated encoder reaches AUROC {_estimate(own, 'value')} {_place(domain)}."
+            f"With labels of {own['labelled_patients']} training patients ({100 * own['share']:.3g} %), a linear probe "
+            f"on the federated encoder reaches AUROC {_estimate(own, 'value')} {_place(domain)}."
         )
         sentences += [
             f"Against {gap['other']}: {gap['difference']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]: {_verdict(gap)}"

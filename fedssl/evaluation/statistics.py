@@ -27,18 +27,27 @@ def interval(values: Float[np.ndarray, " resamples"], patients: int | None = Non
 
     Args:
         values: by draw.
-        patients: how many were drawn from: with few, percentiles are too narrow, so they are widened as Student's t is
-            against the normal (Hesterberg 2015, section 4.2, "expanded percentile interval"). None: not widened.
+        patients: how many were drawn from, see ``tail_of``.
     """
     known = values[1:][~np.isnan(values[1:])]
     if not len(known):
         return float(values[0]), float("nan"), float("nan")
-    tail = TAIL
-    if patients is not None:
-        spread = np.sqrt(patients / (patients - 1)) * stdtrit(patients - 1, 1 - TAIL) if patients > 1 else np.inf
-        tail = float(ndtr(-spread))
+    tail = tail_of(patients)
     low, high = np.quantile(known, [tail, 1 - tail])
     return float(values[0]), float(low), float(high)
+
+
+def tail_of(patients: int | None) -> float:
+    """Share of the draws beyond each end of a 95 % percentile interval.
+
+    Args:
+        patients: how many were drawn from: with few, percentiles are too narrow, so they are widened as Student's t is
+            against the normal (Hesterberg 2015, section 4.2, "expanded percentile interval"). None: not widened.
+    """
+    if patients is None:
+        return TAIL
+    spread = np.sqrt(patients / (patients - 1)) * stdtrit(patients - 1, 1 - TAIL) if patients > 1 else np.inf
+    return float(ndtr(-spread))
 
 
 def p_value(differences: Float[np.ndarray, " draws"]) -> float:

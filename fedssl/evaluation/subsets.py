@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Int
@@ -35,6 +36,18 @@ def nested_label_subsets(
     return subsets
 
 
+def distinct_fractions(task: Task, fractions: Sequence[float], *, seeds: int) -> list[float]:
+    """Drop each fraction that gives every seed the same patients as the next larger one; rising.
+
+    A small fraction is raised to the fewest patients that show every class, so that several may come out equal. Of
+    these the largest stays: 1.0 always does.
+    """
+    rising = sorted(set(fractions))
+    nested = {key: len(rows) for key, rows in nested_label_subsets(task, rising, seeds=seeds).items()}
+    kept = [x for x, y in pairwise(rising) if any(nested[x, seed] < nested[y, seed] for seed in range(seeds))]
+    return kept + rising[-1:]
+
+
 def _first_with_all_classes(task: Task, order: np.ndarray) -> np.ndarray:
     """Walk through the patients and keep those that add a class, or a value of a finding, not seen yet."""
     seen: set[tuple[int, float]] = set()
@@ -64,7 +77,8 @@ def _shown(targets: Targets) -> set[tuple[int, float]]:
 def held_back(task: Task, fraction: float, *, of: str = UNSEEN) -> Task | None:
     """Divide the test patients of one domain into those who train and those who test, in turns by their number.
 
-    For fine-tuning out of domain (REMEDIS): the labels come from the unseen sites themselves.
+    For fine-tuning out of domain (REMEDIS): the labels come from the unseen sites themselves. The first of up to 20
+    shuffles counts whose two sides can both be used.
 
     Args:
         task: with the domain.
@@ -77,12 +91,13 @@ def held_back(task: Task, fraction: float, *, of: str = UNSEEN) -> Task | None:
     here = task.tests.get(of)
     if here is None:
         return None
-    names = np.unique(task.patients[here])
-    shuffled = np.random.default_rng(0).permutation(names)
-    tested = np.isin(task.patients, shuffled[: max(1, round(fraction * len(names)))])
-    divided = replace(task, train=here & ~tested, tests={of: here & tested})
-    parts = (divided.targets.take(here & ~tested), divided.targets.take(here & tested))
-    return divided if all(len(part) and usable(part) for part in parts) else None
+    names, rng = np.unique(task.patients[here]), np.random.default_rng(0)
+    for _ in range(20):
+        tested = np.isin(task.patients, rng.permutation(names)[: max(1, round(fraction * len(names)))])
+        parts = (task.targets.take(here & ~tested), task.targets.take(here & tested))
+        if all(len(part) and usable(part) for part in parts):
+            return replace(task, train=here & ~tested, tests={of: here & tested})
+    return None
 
 
 def rehearsal(task: Task, fraction: float) -> Task:

@@ -45,6 +45,11 @@ class Targets:
         return self.values.argmax(1)
 
     @property
+    def shown_both(self) -> list[int]:
+        """Scored outputs that some images show as 1 and others as 0: those of which AUROC is defined."""
+        return [output for output in self.scored if {0.0, 1.0} <= set(self.values[:, output].tolist())]
+
+    @property
     def complete(self) -> bool:
         """Whether every scored output has images that are 1 and images that are 0."""
         return all({0.0, 1.0} <= set(self.values[:, output].tolist()) for output in self.scored)

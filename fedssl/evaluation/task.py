@@ -1,5 +1,6 @@
 """A labelled task: which images, which label, which patients train the probe and which test it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from fedssl.errors import DataError
 from fedssl.evaluation.targets import Targets, classes_of, findings_of
 
 IN_DOMAIN, UNSEEN = "in domain", "unseen site"
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,8 @@ class Question:
 
     Attributes:
         label: the column to predict; several: findings that may occur together, one column of 1, 0 or empty each.
-        where: keep rows whose column lies in [low, high].
-        covariates: numeric columns for the metadata baseline.
+        where: keep rows whose column, of numbers, lies in [low, high]; rows with an empty cell are left out.
+        covariates: columns for the metadata baseline, of numbers without an empty cell among the rows that are kept.
     """
 
     label: str | Sequence[str]
@@ -43,7 +45,7 @@ class Labelled:
     Attributes:
         rows: [images] their rows in the store.
         targets: what is to be predicted.
-        patients: [images] numbers, the same on every machine.
+        patients: [images] numbers, the same on every machine; patients who share images have one.
         sites: [images] names of the sites.
         covariates: [images, extra] further columns of the label file, numbers.
     """
@@ -106,18 +108,51 @@ def label_images(store: ImageStore, table: pa.Table, question: Question) -> Labe
     rows, entries = join_labels(store, table, question.labels, [*question.where, *question.covariates])
     keep = np.ones(len(rows), bool)
     for column, (low, high) in question.where.items():
-        keep &= (entries[column].astype(float) >= low) & (entries[column].astype(float) <= high)
+        values = _numbers(entries[column], column)
+        keep &= (values >= low) & (values <= high)  # not if it is NaN
     rows, entries = rows[keep], {name: values[keep] for name, values in entries.items()}
     columns = [entries[name].tolist() for name in question.labels]
     targets = classes_of(columns[0]) if isinstance(question.label, str) else findings_of(columns, question.labels)
     if not targets.exclusive:
         known = ~np.isnan(targets.values).all(1)
         rows, targets, entries = rows[known], targets.take(known), {n: v[known] for n, v in entries.items()}
-    extra = [entries[name].astype(np.float32) for name in question.covariates]
+    extra = [_complete(entries[name], name) for name in question.covariates]
     return Labelled(
-        rows, targets, numbered(store.column("patient"))[rows], store.column("site")[rows],
+        rows, targets, numbered(store.column("group"))[rows], store.column("site")[rows],
         np.stack(extra, 1) if extra else np.zeros((len(rows), 0), np.float32),
     )  # fmt: skip
+
+
+def _numbers(cells: np.ndarray, column: str) -> Float[np.ndarray, " cells"]:
+    """Read a column; empty cells are NaN. A DataError names the column, never what it holds."""
+    numbers = np.array([_number(cell) for cell in cells], np.float64)
+    if others := int(np.isinf(numbers).sum()):
+        raise DataError(
+            f"{others} of {len(numbers)} cells of the column {column} hold no number. Columns in evaluation.where and "
+            "evaluation.covariates need numbers, with a point for decimals."
+        )
+    return numbers
+
+
+def _number(cell: object) -> float:
+    """NaN of an empty cell, infinity of anything that is no number."""
+    text = "" if cell is None else str(cell).strip()
+    try:
+        number = float(text or "nan") if not isinstance(cell, bool) else float(cell)
+    except ValueError:
+        return math.inf
+    return number if math.isnan(number) or abs(number) <= _LARGEST else math.inf
+
+
+def _complete(cells: np.ndarray, column: str) -> Float[np.ndarray, " cells"]:
+    """Read a covariate, which must have no empty cell."""
+    numbers = _numbers(cells, column)
+    if empty := int(np.isnan(numbers).sum()):
+        raise DataError(
+            f"{empty} of {len(numbers)} cells of the column {column} are empty. Fill them, or leave the column out of "
+            "evaluation.covariates."
+        )
+    return numbers.astype(np.float32)
 
 
 def make_task(
@@ -155,7 +190,7 @@ def require_both(task: Task) -> None:
     """Check that every part of a task can be scored.
 
     Raises:
-        DataError: nothing is tested, or a part shows only one class.
+        DataError: nothing is tested, or a part shows only one class, or no finding both ways.
     """
     names = task.targets.names
     if task.targets.exclusive and len(names) < 2:
@@ -169,12 +204,13 @@ def require_both(task: Task) -> None:
         )
     for name, mask in {"training patients": task.train, **task.tests}.items():
         if not usable(task.targets.take(mask)):
+            lack = "fewer than two classes" if task.targets.exclusive else "no finding both as 1 and as 0"
             raise DataError(
-                f"The labelled images of the {name} show fewer than two classes, so AUROC is not defined there. Label "
-                "more patients, or change data.test_fraction."
+                f"The labelled images of the {name} show {lack}, so AUROC is not defined there. Label more patients, "
+                "or change data.test_fraction."
             )
 
 
 def usable(targets: Targets) -> bool:
-    """Two classes, whichever; or of each finding both."""
-    return len(np.unique(targets.classes)) > 1 if targets.exclusive else targets.complete
+    """Two classes, whichever; or a finding both as 1 and as 0."""
+    return bool(targets.shown_both)

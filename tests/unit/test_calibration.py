@@ -17,6 +17,7 @@ from fedssl.evaluation.calibration import (
     prior_of,
     probabilities,
     reliability,
+    with_prior,
 )
 from fedssl.evaluation.finetune import balance
 from fedssl.evaluation.judgement import judge, patients_by_output
@@ -106,6 +107,40 @@ def test_the_prior_undoes_balanced_training(exclusive):
     logits = np.array([[0.0, best]] if exclusive else [[best]], np.float32)
     share = probabilities(logits, 1.0, exclusive=exclusive, prior=prior_of(targets))[0, -1]
     assert share == pytest.approx(0.1, abs=1e-3)
+
+
+@pytest.mark.parametrize("draw", [_classes, _findings])
+def test_probabilities_with_a_prior_are_those_of_a_loop(draw):
+    logits, targets = draw(np.random.default_rng(3), 30, 3, 1.0)
+    prior = np.array([0.3, -0.7, 0.1])
+    scores = probabilities(logits, 1.0, exclusive=targets.exclusive)
+    found = with_prior(scores, prior, exclusive=targets.exclusive)
+    for row, given_ in zip(scores.tolist(), found.tolist(), strict=True):
+        if targets.exclusive:
+            odds = [p * math.exp(add) for p, add in zip(row, prior, strict=True)]
+            expected = [value / sum(odds) for value in odds]
+        else:
+            odds = [p / (1 - p) * math.exp(add) for p, add in zip(row, prior, strict=True)]
+            expected = [value / (1 + value) for value in odds]
+        assert given_ == pytest.approx(expected)
+    same = probabilities(logits, 1.0, exclusive=targets.exclusive, prior=prior)
+    np.testing.assert_allclose(found, same, rtol=1e-6)
+
+
+def test_a_class_that_the_labelled_images_lack_keeps_probability_zero():
+    labelled = Targets(np.eye(3, dtype=np.float32)[[0] * 9 + [1]], list("abc"), True)
+    scores = np.array([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [1e-20, 1.0, 0.0]], np.float32)
+    found = with_prior(scores, prior_of(labelled), exclusive=True)
+    assert found[0] == pytest.approx([0.9, 0.1, 0.0])
+    assert found[1].tolist() == [1.0, 0.0, 0.0]
+    assert found[:, 2].tolist() == [0.0] * 3
+    np.testing.assert_allclose(found.sum(1), 1.0)
+
+
+def test_findings_that_are_certain_stay_so_and_are_finite():
+    found = with_prior(np.array([[0.0, 1.0], [1.0, 0.0]], np.float32), np.array([-3.0, 3.0]), exclusive=False)
+    np.testing.assert_allclose(found, [[0.0, 1.0], [1.0, 0.0]], atol=1e-9)
+    assert np.isfinite(found).all()
 
 
 @settings(max_examples=25, deadline=None)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import shutil
 
@@ -19,13 +20,15 @@ from fedssl.data.indexing.scan import read_table
 from fedssl.data.splits import test_mask as mask_of_test_patients
 from fedssl.data.store import Source, Store
 from fedssl.errors import ConfigError, DataError
+from fedssl.evaluation.calibration import prior_of
 from fedssl.evaluation.features import intensity_statistics, metadata, raw_pixels
+from fedssl.evaluation.metrics import METRICS
 from fedssl.evaluation.probe import linear_probe, nearest_neighbours
-from fedssl.evaluation.protocol import compare, probe_encoders, score_cells
+from fedssl.evaluation.protocol import Cell, compare, probe_encoders, score_cells
 from fedssl.evaluation.statistics import combine_seeds
-from fedssl.evaluation.subsets import held_back, nested_label_subsets, rehearsal
+from fedssl.evaluation.subsets import distinct_fractions, held_back, nested_label_subsets, rehearsal
 from fedssl.evaluation.targets import Targets, classes_of, findings_of
-from fedssl.evaluation.task import UNSEEN, Question, make_task
+from fedssl.evaluation.task import IN_DOMAIN, UNSEEN, Labelled, Question, Task, label_images, make_task, require_both
 from fedssl.label_efficiency import evaluate_run
 from simulations.run import simulate
 
@@ -38,6 +41,19 @@ def _task(root, folder, table=None, **changed):
     question = Question(**({"label": LABEL, "where": {}, "covariates": []} | changed))
     table = read_table(root / "labels.csv") if table is None else table
     return store, make_task(store, table, question, held_out=held_out, sites=SITES, unseen_sites=[UNSEEN_SITE])
+
+
+def _drawn_task(values, *, patients, tested, exclusive=True, domain=IN_DOMAIN):
+    """A task without a store: the last ``tested`` patients test, images of one patient follow each other."""
+    values = np.asarray(values, np.float32)
+    names = [f"output {number}" for number in range(values.shape[1])]
+    owner = np.repeat(np.arange(patients), len(values) // patients)
+    test = owner >= patients - tested
+    sites = np.where(test, "THERE", "HERE")
+    images = Labelled(
+        np.arange(len(values)), Targets(values, names, exclusive), owner, sites, np.zeros((len(values), 0), np.float32)
+    )
+    return Task(images, ~test, {domain: test})
 
 
 def _auroc(features, task, domain, fraction=1.0):
@@ -84,6 +100,109 @@ def test_label_subsets_are_nested_hold_whole_patients_and_every_class(hospitals,
     assert set(subsets[1.0, 0]) == set(np.flatnonzero(task.train))
 
 
+_FRACTIONS = [0.01, 0.03, 0.1, 0.3, 1.0]
+
+
+def _rare_classes(seed=0):
+    """63 training patients of two images; six classes, so that some patients must be labelled first."""
+    numbers = np.random.default_rng(seed).permutation(np.arange(166) % 6)
+    return _drawn_task(np.eye(6)[numbers], patients=83, tested=20)
+
+
+def test_of_fractions_with_the_same_patients_only_the_largest_stays():
+    task = _rare_classes()
+    for seeds in (1, 3):
+        subsets = nested_label_subsets(task, _FRACTIONS, seeds=seeds)
+        expected = []
+        for place, fraction in enumerate(_FRACTIONS):
+            own = [subsets[fraction, seed].tolist() for seed in range(seeds)]
+            larger = [[subsets[other, seed].tolist() for seed in range(seeds)] for other in _FRACTIONS[place + 1 :]]
+            if own not in larger:
+                expected.append(fraction)
+        assert distinct_fractions(task, _FRACTIONS, seeds=seeds) == expected
+        assert distinct_fractions(task, [1.0, 1.0, *_FRACTIONS[::-1]], seeds=seeds) == expected
+        assert len(expected) < len(_FRACTIONS)
+        assert expected[-1] == 1.0
+    assert distinct_fractions(task, [1.0], seeds=2) == [1.0]
+    assert distinct_fractions(task, [0.999, 1.0], seeds=2) == [1.0]
+    assert distinct_fractions(task, [], seeds=2) == []
+
+
+def test_probes_are_fitted_with_distinct_shares_and_scores_tell_the_true_ones():
+    task, seeds = _rare_classes(), 4
+    features = np.random.default_rng(0).normal(size=(len(task.rows), 3)).astype(np.float32)
+    cells = list(probe_encoders({"x": features}, task, probes={"x": ["linear"]}, fractions=_FRACTIONS, seeds=seeds))
+    used = [cell.fraction for cell in cells]
+    assert used == distinct_fractions(task, _FRACTIONS, seeds=seeds)
+    scores, _ = score_cells(cells, task, resamples=10)
+    subsets = nested_label_subsets(task, used, seeds=seeds)
+    for score, fraction in zip(scores, used, strict=True):
+        labelled = [set(task.patients[subsets[fraction, seed]]) for seed in range(seeds)]
+        assert score.fraction == fraction
+        assert score.labelled_patients == max(map(len, labelled))
+        assert score.share == score.labelled_patients / 63 >= fraction - 1e-9
+        assert score.labelled_images == max(len(subsets[fraction, seed]) for seed in range(seeds))
+    assert scores[-1].share == 1.0
+
+
+def test_the_seeds_of_a_cell_are_as_many_as_its_predictions():
+    task = _rare_classes()
+    predicted = {IN_DOMAIN: np.full((40, 6), 1 / 6, np.float32)}
+    cells = [Cell("x", "linear", 0.01, [predicted] * seeds) for seeds in (1, 5)]
+    scores, _ = score_cells(cells, task, resamples=10)
+    for score, seeds in zip(scores, (1, 5), strict=True):
+        subsets = nested_label_subsets(task, [0.01], seeds=seeds).values()
+        assert score.labelled_patients == max(len(set(task.patients[rows])) for rows in subsets)
+    assert scores[0].labelled_patients < scores[1].labelled_patients
+    assert scores[0].share < scores[1].share
+    assert score_cells([], task, resamples=10) == ([], {})
+
+
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_calibration_is_that_of_the_true_frequencies_not_of_balanced_training(exclusive):
+    """5 % prevalence and nothing to see: balanced probabilities say a half."""
+    sick = np.arange(800) % 20 == 0
+    values = np.stack([~sick, sick], 1) if exclusive else sick[:, None]
+    task = _drawn_task(values, patients=800, tested=400, exclusive=exclusive)
+    features = np.random.default_rng(0).normal(size=(800, 2)).astype(np.float32)
+    cells = list(probe_encoders({"x": features}, task, probes={"x": ["linear", "knn"]}, fractions=[1.0], seeds=1))
+    assert [cell.priors is None for cell in cells] == [False, True]
+    np.testing.assert_array_equal(cells[0].priors[0], prior_of(task.targets.take(task.train)))
+    linear, votes = cells
+    plain = Cell("x", "plain", 1.0, linear.predicted)
+    scores, _ = score_cells([linear, votes, plain], task, resamples=20, metrics=tuple(METRICS))
+    found = {(score.probe, score.metric): score.value for score in scores}
+    assert found["linear", "calibration_error"] < 0.03
+    assert found["knn", "calibration_error"] < 0.1
+    assert found["plain", "calibration_error"] > 0.35
+    for metric in set(METRICS) - {"calibration_error"}:
+        assert found["linear", metric] == found["plain", metric]
+
+
+def test_every_seed_has_its_own_prior():
+    task = _drawn_task(np.eye(2)[np.arange(40) % 2], patients=40, tested=20)
+    half = {IN_DOMAIN: np.full((20, 2), 0.5, np.float32)}
+    other = {IN_DOMAIN: np.full((20, 2), 0.5, np.float32)}
+    priors = [np.log([0.5, 0.5]), np.log([0.1, 0.9])]
+    scores, _ = score_cells(
+        [Cell("x", "linear", 1.0, [half, other], priors)], task, resamples=10, metrics=["calibration_error"]
+    )
+    assert scores[0].value == pytest.approx((0.0 + 0.4) / 2)
+
+
+@pytest.mark.parametrize("metric", sorted(METRICS))
+def test_all_figures_use_all_draws(metric, monkeypatch):
+    from fedssl.evaluation import protocol
+
+    drawn, plain = [], METRICS[metric]
+    watched = {**METRICS, metric: lambda scores, targets, draws: drawn.append(draws) or plain(scores, targets, draws)}
+    monkeypatch.setattr(protocol, "METRICS", watched)
+    task = _drawn_task(np.eye(2)[np.arange(40) % 2], patients=40, tested=20)
+    cell = Cell("x", "linear", 1.0, [{IN_DOMAIN: np.full((20, 2), 0.5, np.float32)}])
+    score_cells([cell], task, resamples=1500, metrics=[metric])
+    assert [draws.counts.shape for draws in drawn] == [(20, 1501)]
+
+
 def test_no_labelled_training_patient_is_tested(hospitals, tmp_path):
     _, task = _task(hospitals, tmp_path)
     for mask in task.tests.values():
@@ -111,6 +230,64 @@ def test_a_range_keeps_only_the_rows_inside_it(hospitals, tmp_path):
 def test_labels_that_do_not_fit_are_explained(hospitals, tmp_path, change, message):
     with pytest.raises(DataError, match=message):
         _task(hospitals, tmp_path, change(read_table(hospitals / "labels.csv")))
+
+
+def _with_column(table, **changed):
+    """Add a column of numbers with other cells at some rows."""
+    cells = [changed.get(f"row{number}", str(number / 10)) for number in range(table.num_rows)]
+    return table.append_column("depth", pa.array(cells, pa.string()))
+
+
+def test_text_in_a_column_of_numbers_names_the_column_and_counts_the_cells_but_never_shows_them(hospitals, tmp_path):
+    table = read_table(hospitals / "labels.csv")
+    spoilt = _with_column(table, row1="Mrs Smith", row2="1,5", row3="inf", row4="1e300", row5="")
+    for change in ({"covariates": ["depth"]}, {"where": {"depth": [0, 1000]}}):
+        with pytest.raises(DataError, match=rf"4 of {table.num_rows} cells of the column depth hold no number") as told:
+            _task(hospitals, tmp_path, spoilt, **change)
+        assert "Smith" not in str(told.value)
+        assert told.value.__cause__ is None
+
+
+@pytest.mark.parametrize("empty", ["", "  ", None, "nan"])
+def test_an_empty_cell_of_a_covariate_is_refused_and_one_of_a_range_leaves_its_row_out(hospitals, tmp_path, empty):
+    table = read_table(hospitals / "labels.csv")
+    spoilt = _with_column(table, row1=empty, row7=empty)
+    with pytest.raises(DataError, match=rf"2 of {table.num_rows} cells of the column depth are empty"):
+        _task(hospitals, tmp_path, spoilt, covariates=["depth"])
+    store, ranged = _task(hospitals, tmp_path, spoilt, where={"depth": [0, 1e6]}, covariates=["depth"])
+    files = [table["file"][number].as_py() for number in range(table.num_rows) if number not in (1, 7)]
+    assert set(store.column("image")[ranged.rows]) == set(store.names_of(files))
+    assert np.isfinite(ranged.images.covariates).all()
+    both = label_images(store, spoilt, Question(LABEL, {"depth": [0.25, 0.65]}, ["depth"]))
+    assert sorted(both.covariates[:, 0].tolist()) == pytest.approx([0.3, 0.4, 0.5, 0.6])
+
+
+def test_numbers_and_booleans_are_read_as_they_are(hospitals, tmp_path):
+    table = read_table(hospitals / "labels.csv")
+    table = table.append_column("old", pa.array([number % 2 == 0 for number in range(table.num_rows)]))
+    table = table.append_column("age", pa.array([number % 90 for number in range(table.num_rows)]))
+    store, task = _task(hospitals, tmp_path, table, covariates=["old", "age"])
+    given = [table[name].to_pylist() for name in ("old", "age")]
+    known = dict(zip(store.names_of(table["file"].to_pylist()), zip(*given, strict=True), strict=True))
+    for row, given_ in zip(task.rows, task.images.covariates.tolist(), strict=True):
+        assert given_ == [float(value) for value in known[store.column("image")[row]]]
+
+
+def test_a_finding_with_one_value_in_a_domain_does_not_refuse_the_task():
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 2, (40, 2)).astype(np.float32)
+    values[30:, 1] = 0.0
+    task = _drawn_task(values, patients=40, tested=10, exclusive=False)
+    require_both(task)
+    features = rng.normal(size=(40, 2)).astype(np.float32)
+    cells = list(probe_encoders({"x": features}, task, probes={"x": ["linear"]}, fractions=[1.0], seeds=1))
+    scores, _ = score_cells(cells, task, resamples=20, metrics=tuple(METRICS))
+    assert not any(math.isnan(score.value) for score in scores)
+    values[30:, 0] = 0.0
+    with pytest.raises(DataError, match="in domain show no finding both as 1 and as 0"):
+        require_both(_drawn_task(values, patients=40, tested=10, exclusive=False))
+    with pytest.raises(DataError, match="in domain show fewer than two classes"):
+        require_both(_drawn_task(np.eye(2)[values[:, 0].astype(int)], patients=40, tested=10))
 
 
 def test_labels_of_unknown_files_are_left_out_and_counted(hospitals, tmp_path):
@@ -205,6 +382,31 @@ def test_an_unseen_site_is_divided_by_patient_to_train_with_its_own_labels(hospi
     assert (own.train | own.tests[UNSEEN]).tolist() == here.tolist()
 
 
+def test_a_division_that_fails_by_chance_is_drawn_again_and_no_patient_is_on_both_sides():
+    """Two of six patients are sick: the first shuffle puts both on one side in some of the orders."""
+    first = []
+    for pair in itertools.combinations(range(6), 2):
+        sick = np.repeat(np.isin(np.arange(10), [0, *(4 + number for number in pair)]), 2).astype(int)
+        task = _drawn_task(np.eye(2)[sick], patients=10, tested=6, domain=UNSEEN)
+        own = held_back(task, 0.5)
+        assert own is not None
+        trained, tested = (set(task.patients[mask]) for mask in (own.train, own.tests[UNSEEN]))
+        assert not trained & tested
+        assert trained | tested == set(range(4, 10))
+        assert set(task.targets.classes[own.train]) == set(task.targets.classes[own.tests[UNSEEN]]) == {0, 1}
+        half = set(np.random.default_rng(0).permutation(np.arange(4, 10))[:3])
+        first.append(tested == half)
+        assert first[-1] == (len({4 + number for number in pair} & half) == 1)
+    assert {True, False} == set(first)
+
+
+def test_one_sick_patient_cannot_be_divided():
+    sick = np.repeat(np.arange(10) == 5, 2).astype(int)
+    task = _drawn_task(np.eye(2)[sick], patients=10, tested=6, domain=UNSEEN)
+    assert held_back(task, 0.5) is None
+    assert held_back(task, 0.5, of="nowhere") is None
+
+
 def test_a_rehearsal_leaves_the_test_patients_out_altogether(hospitals, tmp_path):
     _, task = _task(hospitals, tmp_path)
     tried = rehearsal(task, 0.25)
@@ -248,7 +450,7 @@ def test_an_evaluation_names_the_weights_and_holds_every_encoder_share_and_domai
     assert results["encoders"]["federated"]["images_seen"] > 0
     assert len(results["encoders"]["federated"]["sha256"]) == 64
     cells = {(s["encoder"], s["probe"], s["fraction"], s["domain"]) for s in results["scores"]}
-    assert len(cells) == (3 * 2 + 3) * 6 * 2
+    assert len(cells) == (3 * 2 + 3) * 5 * 2  # of six shares: 1 % is the same two patients as 3 %
     assert all(
         s["low"] <= s["value"] + 1e-9 and s["value"] <= s["high"] + 1e-9
         for s in results["scores"]

@@ -240,6 +240,30 @@ def test_validation_patients_show_every_label_or_nobody_is_spared():
             assert held.any() or len(sick) < 5
 
 
+def test_a_class_that_only_an_unseen_site_has_leaves_early_stopping_on():
+    store = Drawn()
+    three = Targets(np.eye(3, dtype=np.float32)[store.bright.astype(int)], ["dark", "bright", "elsewhere"], True)
+    nowhere = np.stack([store.bright, store.bright, np.full(45, np.nan)], 1).astype(np.float32)
+    nowhere[:, 1] = 1.0
+    for targets in (three, Targets(nowhere, ["bright", "always", "not known"], False)):
+        result = _tuned(store, targets=targets)
+        assert len(result.curve) == 4
+        assert all(0.0 <= check.value <= 1.0 for check in result.curve)
+        some = np.arange(6)
+        result = _tuned(store, targets=targets, validate=(some, targets.take(some)))
+        assert len(result.curve) == 4
+
+
+def test_what_the_images_to_learn_from_show_both_ways_alone_decides_when_to_stop(monkeypatch):
+    store, asked = Drawn(), []
+    monkeypatch.setattr(tuning, "mean_auroc", lambda scores, targets, outputs: asked.append(outputs) or 0.5)
+    values = np.stack([store.bright, np.ones(45)], 1).astype(np.float32)
+    others = Targets(np.array([[0, 0], [1, 1]], np.float32), ["bright", "always"], False)
+    validate = (np.array([0, 1]), others)
+    _tuned(store, targets=Targets(values, ["bright", "always"], False), validate=validate)
+    assert asked == [[0]] * 4
+
+
 @pytest.mark.parametrize(("share", "expected"), [(0.01, 2), (0.2, 4), (0.34, 7)])
 def test_the_share_of_validation_patients_is_rounded_and_at_least_two(share, expected):
     patients = np.repeat(np.arange(20), 2)
@@ -249,7 +273,7 @@ def test_the_share_of_validation_patients_is_rounded_and_at_least_two(share, exp
 
 def test_the_best_weights_are_restored_and_patience_ends_the_training(monkeypatch):
     store, values, seen = Drawn(), iter([0.5, 0.6, 0.9, 0.8, 0.9, 0.7]), []
-    monkeypatch.setattr(tuning, "mean_auroc", lambda scores, targets: seen.append(scores) or next(values))
+    monkeypatch.setattr(tuning, "mean_auroc", lambda scores, *_: seen.append(scores) or next(values))
     recipe = replace(SHORT, least_steps=20, most_steps=20, checks=10, patience=3)
     result = _tuned(store, recipe=recipe)
     assert result.curve == [Check(16 * number, value) for number, value in enumerate([0.5, 0.6, 0.9, 0.8, 0.9, 0.7])]
@@ -328,7 +352,10 @@ def test_the_mean_auroc_counts_pairs_of_known_images():
     values = np.array([[1, nan], [0, 1], [0, 0], [nan, 1], [1, 0]], np.float32)
     scores = np.random.default_rng(0).random((5, 2)).astype(np.float32)
     expected = np.mean([_auroc(scores[values[:, o] == 1, o], scores[values[:, o] == 0, o]) for o in range(2)])
-    assert tuning.mean_auroc(scores, Targets(values, ["a", "b"], False)) == pytest.approx(expected)
+    targets = Targets(values, ["a", "b"], False)
+    assert tuning.mean_auroc(scores, targets, [0, 1]) == pytest.approx(expected)
+    expected = _auroc(scores[values[:, 1] == 1, 1], scores[values[:, 1] == 0, 1])
+    assert tuning.mean_auroc(scores, targets, [1]) == pytest.approx(expected)
 
 
 def test_logits_are_those_of_single_images_and_probabilities_their_softmax_or_sigmoid():
@@ -413,8 +440,9 @@ def test_an_impossible_recipe_is_refused_with_every_value_named():
     }
     with pytest.raises(ConfigError) as refused:
         Recipe(**impossible)
-    assert all(f"study.finetune.{name}={value} must be" in str(refused.value) for name, value in impossible.items())
-    with pytest.raises(ConfigError, match=r"study.finetune.least_steps=100 must be at most most_steps"):
+    assert all(f"finetune.{name}={value} must be" in str(refused.value) for name, value in impossible.items())
+    assert "study." not in str(refused.value)
+    with pytest.raises(ConfigError, match=r"^finetune.least_steps=100 must be at most most_steps"):
         Recipe(most_steps=99)
 
 
@@ -429,7 +457,7 @@ def test_labels_that_teach_nothing_are_refused():
 
 
 def test_a_training_that_diverges_is_explained():
-    with pytest.raises(ConfigError, match=r"not finite.*Lower study.finetune.lr"):
+    with pytest.raises(ConfigError, match=r"not finite.*Lower finetune.lr"):
         _tuned(recipe=replace(SHORT, head_lr=1e30, lr=1e30))
     for patients, message in ((9, "The loss is not finite in step 1 of 6"), (15, "gives values that are not finite")):
         store = Drawn(patients)

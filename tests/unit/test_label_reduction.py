@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
+from scipy.stats import t as student
 
-from fedssl.evaluation.label_reduction import label_reduction, smoothed, speed_up
+from fedssl.evaluation.label_reduction import Reduction, label_reduction, smoothed, speed_up
 
 _DECADES = [0.01, 0.1, 1.0]
 
@@ -17,10 +19,10 @@ def _reduction(curve, baseline, fractions=None):
     return label_reduction(np.array(curve)[:, None], np.array([baseline]), fractions or _DECADES)
 
 
-def _drawn(baselines):
+def _drawn(baselines, patients=None):
     """A curve from 0 at 1 % to 1 at 100 %, linear in log f: it reaches a baseline b at f* = 100 ** (b - 1)."""
     curve = np.repeat([[0.0], [0.5], [1.0]], len(baselines) + 1, axis=1)
-    return label_reduction(curve, np.r_[0.5, baselines], _DECADES)
+    return label_reduction(curve, np.r_[0.5, baselines], _DECADES, patients)
 
 
 @pytest.mark.parametrize(
@@ -132,20 +134,73 @@ def test_without_an_estimate_or_without_draws_the_figure_is_not_known():
     lost = label_reduction(np.array([[np.nan, 0.0], [0.5, 0.5], [1.0, 1.0]]), np.array([0.5, 0.5]), _DECADES)
     assert math.isnan(lost.times)
     assert math.isnan(lost.grid)
-    assert lost.text() == "not known [10, 10]"
-    assert _reduction([0.6, 0.8, 0.9], 0.8).text() == "10 times fewer labels [not known, not known]"
+    assert lost.text() == "not known (95 % interval: 10 times fewer)"
+    assert _reduction([0.6, 0.8, 0.9], 0.8).text() == "10 times fewer labels (95 % interval: not known)"
 
 
-def test_a_reduction_says_what_is_a_limit_and_what_is_not_reached():
-    below, mixed, above = np.full(50, 2.0), np.r_[np.full(50, 0.9), np.full(50, -1.0)], np.full(50, -1.0)
-    assert _drawn(mixed).text() == "10 times fewer labels [1.6, >= 100]"
-    assert _drawn(below).text() == "10 times fewer labels [not reached, not reached]"
-    curve = np.repeat([[0.0], [0.5], [1.0]], 51, axis=1)
-    assert label_reduction(curve, np.r_[-1.0, above], _DECADES).text() == ">= 100 times fewer labels [>= 100, >= 100]"
-    twice = np.r_[2.0, np.full(25, 2.0), np.full(25, 0.8389)]
-    assert label_reduction(curve, twice, _DECADES).text() == "not reached [not reached, 2.1]"
-    thirds = label_reduction(curve, np.r_[-1.0, above], [0.03, 0.1, 1.0])
-    assert thirds.text() == ">= 33.3 times fewer labels [>= 33.3, >= 33.3]"
+def _said(times, low, high, *limits):
+    flags = {name: name in limits for name in ("at_least", "low_at_least", "high_at_least")}
+    return Reduction(times, low, high, 1.0, reached=1.0, **flags).text()
+
+
+@pytest.mark.parametrize(
+    ("given_", "text"),
+    [
+        ((4.23, 1.94, 1 / 0.03, "high_at_least"), "4.2 times fewer labels (95 % interval 1.9 to at least 33)"),
+        ((4.23, 0.0, 7.96), "4.2 times fewer labels (95 % interval: not reached to 8 times fewer)"),
+        ((4.23, 1.0, 123.4), "4.2 times fewer labels (95 % interval: as many to 123 times fewer)"),
+        ((4.23, 0.0, 0.0), "4.2 times fewer labels (95 % interval: not reached)"),
+        (
+            (100.0, 2.0, 100.0, "at_least", "high_at_least"),
+            "at least 100 times fewer labels (95 % interval 2 to at least 100)",
+        ),
+        (
+            (100.0, 100.0, 100.0, "at_least", "low_at_least", "high_at_least"),
+            "at least 100 times fewer labels (95 % interval: at least 100 times fewer)",
+        ),
+        ((0.0, 0.0, 2.6), "not reached even with all labels (95 % interval: not reached to 2.6 times fewer)"),
+        ((0.0, 1.5, 2.6), "not reached even with all labels (95 % interval: 1.5 to 2.6 times fewer)"),
+        ((0.0, 0.0, 0.0), "not reached even with all labels (95 % interval: not reached)"),
+        ((1.0, 0.0, 2.6), "as many labels (95 % interval: not reached to 2.6 times fewer)"),
+        ((1.0, 1.0, 2.6), "as many labels (95 % interval: as many to 2.6 times fewer)"),
+        ((1.0, 0.0, 1.0), "as many labels (95 % interval: not reached to as many)"),
+        ((1.0, 1.0, 1.0, "at_least", "low_at_least", "high_at_least"),
+         "at most as many labels (95 % interval: at most as many)"),
+        ((math.nan, 1.2, 2.6), "not known (95 % interval: 1.2 to 2.6 times fewer)"),
+        ((9.96, math.nan, math.nan), "10 times fewer labels (95 % interval: not known)"),
+        ((1234.5, 12.34, 98765.0), "1230 times fewer labels (95 % interval 12 to 98800)"),
+        ((10.9, 3.19, 10.9, "at_least", "high_at_least"),
+         "at least 10 times fewer labels (95 % interval 3.2 to at least 10)"),
+    ],
+)  # fmt: skip
+def test_a_reduction_is_said_in_words_with_few_digits_and_limits_rounded_down(given_, text):
+    assert _said(*given_) == text
+
+
+def test_a_limit_that_is_a_whole_number_but_for_rounding_keeps_it():
+    for patients in range(1, 200):
+        for smallest in range(1, patients):
+            whole, rest = divmod(patients, smallest)
+            if not rest and 1 < whole < 1000:
+                times = 1 / (smallest / patients)
+                assert _said(times, times, times, "at_least").startswith(f"at least {whole} times")
+
+
+def test_the_interval_of_few_patients_is_widened_and_its_ends_are_draws():
+    draws = np.random.default_rng(0).permutation(np.linspace(0.0, 1.0, 1001))
+    many, some, one = (_drawn(draws, patients) for patients in (None, 10, 1))
+    assert (many.low, many.high) == pytest.approx((100**0.025, 100**0.975))
+    assert (one.low, one.high) == pytest.approx((1.0, 100.0))
+    tail = norm.cdf(-math.sqrt(10 / 9) * student.ppf(0.975, 9))
+    outside = int(tail * 1000)  # rounded outwards
+    assert 1 < outside < 25
+    assert (some.low, some.high) == pytest.approx((100 ** (outside / 1000), 100 ** (1 - outside / 1000)))
+
+
+def test_true_shares_that_come_out_equal_are_compared_too():
+    result = _reduction([0.6, 0.65, 0.8, 0.9], 0.8, [6 / 63, 6 / 63, 19 / 63, 1.0])
+    assert result.times == pytest.approx(63 / 19)
+    assert _reduction([0.6, 0.65, 0.9], 0.65, [6 / 63, 6 / 63, 1.0]).times == pytest.approx(63 / 6)
 
 
 @pytest.mark.parametrize("window", [1, 3, 5, 9])

@@ -212,7 +212,7 @@ def test_the_mean_over_many_classes_leaves_out_classes_that_no_test_image_has():
 
 
 @pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
-def test_a_draw_without_one_class_has_no_value_and_a_finding_that_is_nowhere_known_has_none(metric):
+def test_a_draw_without_one_class_has_no_value_and_neither_have_findings_that_are_nowhere_known(metric):
     patients = np.array(["a", "a", "b", "b"])
     scores = np.array([[0.2, 0.8], [0.4, 0.6], [0.7, 0.3], [0.9, 0.1]])
     draws = draw_patients(patients, number=50, seed=0)
@@ -223,8 +223,27 @@ def test_a_draw_without_one_class_has_no_value_and_a_finding_that_is_nowhere_kno
     assert not np.isnan(values[~one_sided]).any()
     one_class = Targets(np.array([[0.0, 1.0]] * 4), ["no", "yes"], exclusive=True)
     assert np.isnan(metric(scores, one_class, draws)).all() == (metric is not calibration_error)
-    unknown = findings_of([["1", "1", "0", "0"], [None] * 4], ["a", "b"])
+    unknown = findings_of([[None] * 4, [None] * 4], ["a", "b"])
     assert np.isnan(metric(scores, unknown, draws)).all()
+
+
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
+@pytest.mark.parametrize("only", [1.0, 0.0, np.nan])
+def test_a_finding_that_shows_one_value_among_the_test_images_is_left_out_of_the_mean(metric, only):
+    scores, targets, draws = _findings(4)
+    some = Targets(targets.values.copy(), ["a", "b", "c"], exclusive=False)
+    some.values[:, 1] = np.where(np.isnan(some.values[:, 1]), np.nan, only)
+    others = Targets(targets.values[:, [0, 2]], ["a", "c"], exclusive=False)
+    expected = metric(scores[:, [0, 2]], others, draws)
+    assert not np.isnan(expected[0])
+    np.testing.assert_array_equal(metric(scores, some, draws), expected)
+
+
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
+def test_of_three_classes_of_which_all_images_show_the_same_only_calibration_is_known(metric):
+    scores, _, draws = _study(3, classes=3, tied=False)
+    same = Targets(np.eye(3)[np.ones(60, int)], list("abc"), exclusive=True)
+    assert np.isnan(metric(scores, same, draws)).all() == (metric is not calibration_error)
 
 
 @pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
