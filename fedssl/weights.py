@@ -1,6 +1,7 @@
 """Trained encoders on disk: which weights they are, and that they were trained at all."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,32 @@ def resolve_run(path: Path) -> tuple[RunFolder, Path]:
     """Find the run folder and the checkpoint that a path means: a run folder (its last checkpoint) or a checkpoint.
 
     Raises:
-        ConfigError: there is no run.
+        ConfigError: there is no run, such as in the folder of a study.
     """
     folder = RunFolder(path.parent.parent if path.suffix == ".safetensors" else path)
+    if (folder.path / "protocol.json").exists():
+        raise ConfigError(
+            f"{folder.path.resolve().name} is a study, not the run of one encoder. Give one of its encoders, a folder "
+            f"in study.encoders (default: runs/encoders){_encoders_of(folder.path)}."
+        )
     if folder.path.resolve().parent.name == "arms":
         raise ConfigError(f"{folder.path.name} is an arm of a comparison. Evaluate the run that it belongs to.")
     return folder, path if path.suffix == ".safetensors" else folder.last
+
+
+def _encoders_of(study: Path) -> str:
+    """Name the encoders of a study and their folders, as far as its results say."""
+    try:
+        arms = json.loads((study / "study.json").read_text(encoding="utf-8"))["arms"]
+        named = [
+            f"{arm['encoder']} ({arm['folder']})" if arm.get("folder")
+            else f"{arm['encoder']} (starts with {arm['fingerprint']})"
+            for arm in arms
+            if arm.get("folder") or arm.get("fingerprint")  # older studies tell only how a folder's name starts
+        ]  # fmt: skip
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return ""
+    return f": {', '.join(named)}" if named else ""
 
 
 def trained_checkpoint(path: Path) -> Checkpoint:

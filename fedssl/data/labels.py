@@ -32,13 +32,7 @@ def join_labels(
         DataError: a column is missing, a file is listed twice, or none is known.
     """
     own, columns = _OWN_NAMES in table.column_names, [*labels, *others]
-    missing = [name for name in [_OWN_NAMES if own else "file", *columns] if name not in table.column_names]
-    if missing:
-        raise DataError(
-            f"The label table lacks the column {', '.join(missing)}; {known_columns(table, ['file', *columns])}. It "
-            "needs `file` (path below data.root) and the columns named in evaluation.label, .where and .covariates "
-            "(for training: data.label)."
-        )
+    _refuse_missing(table, [_OWN_NAMES if own else "file", *columns])
     files = table[_OWN_NAMES if own else "file"].to_pylist()
     names = files if own else store.names_of([tidy(str(file)) for file in files])
     place = {name: number for number, name in enumerate(names)}
@@ -46,7 +40,7 @@ def join_labels(
     if not found:
         raise DataError(
             f"None of the {table.num_rows} labels belongs to an image. The column `file` must hold the path below "
-            "data.root, such as SITE/PATIENT/IMAGE.dcm."
+            "the images' root, such as SITE/PATIENT/IMAGE.dcm, or PATIENT/IMAGE.dcm if the root is one site's."
         )
     if not own and len(place) < len(names):
         raise DataError(
@@ -56,7 +50,9 @@ def join_labels(
     used = {number for _, number in found}
     if len(used) < len(place):
         text = f"{len(place) - len(used)} of {len(place)} labels belong to no readable image."
-        progress.publish(progress.Note(text, alarm=len(used) < len(place) / 2))
+        if half_lost(len(place) - len(used), len(place)):
+            text += " Check the column `file`, the images' root and whether all files could be read."
+        progress.publish(progress.Note(text, alarm=half_lost(len(place) - len(used), len(place))))
     picked = table.take([number for _, number in found])
     given = zip(*(picked[name].to_pylist() for name in labels), strict=True)
     valid = np.array([any(value is not None and value != "" for value in values) for values in given])
@@ -64,10 +60,51 @@ def join_labels(
     return np.array([row for row, _ in found])[valid], entries
 
 
+def _refuse_missing(table: pa.Table, columns: Sequence[str]) -> None:
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        raise DataError(
+            f"The label table lacks the column {', '.join(missing)}; {known_columns(table, ['file', *columns])}. It "
+            "needs `file` (path below the images' root), the label column that you asked for (--label, "
+            "evaluation.label; for training data.label) and those of .where and .covariates, if any."
+        )
+
+
+def half_lost(lost: int, listed: int) -> bool:
+    """Tell whether so many labels have no image that something is wrong."""
+    return lost > 0 and 2 * lost >= listed
+
+
+def lost_labels(store: ImageStore, table: pa.Table) -> dict[str, int]:
+    """Count the files that a label table names (``listed``), and those of them that are no readable image (``lost``).
+
+    Args:
+        store: the images.
+        table: with the column ``file``.
+    """
+    names = set(store.names_of([tidy(str(file)) for file in table["file"].to_pylist()]))
+    return {"listed": len(names), "lost": len(names.difference(store.column("image").tolist()))}
+
+
 def label_table(store: ImageStore, path: Path | None, labels: Sequence[str]) -> pa.Table:
-    """Read the label file, or take the labels that the index holds (column ``label``)."""
+    """Read the label file, or take the labels that the index holds (column ``label``).
+
+    Raises:
+        DataError: there is no such file, or no file was given and the index does not hold these labels.
+    """
     if path is not None:
         return read_table(path, labels)
+    if not (store.column("label") != "").any():
+        raise DataError(
+            "No labels were given, and the images' index holds none. Give a table with evaluation.labels=FILE (or "
+            "--labels FILE): CSV or Parquet with the column `file` (path below the images' root) and the label."
+        )
+    other = [name for name in labels if name != "label"]
+    if other:
+        raise DataError(
+            f"No label table was given, and the images' index holds only the column label, not {', '.join(other)}. "
+            "Give a table with evaluation.labels=FILE (or --labels FILE), or ask for label."
+        )
     return pa.table({_OWN_NAMES: store.column("image"), "label": store.column("label")})
 
 

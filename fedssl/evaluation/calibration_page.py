@@ -6,7 +6,10 @@ from typing import Any
 
 import jinja2
 
+from fedssl.data.labels import half_lost
+
 _FEW = 10  # patients with, or without, a finding: fewer make every figure a guess
+_EDGE = 0.05  # a cutoff nearer to 0 or 1 gets a remark
 _LEFT, _TOP, _SIDE = 46.0, 10.0, 258.0  # of the diagram's square, in its own units
 _LARGEST, _SMALLEST = 9.0, 2.5  # radii
 
@@ -56,7 +59,10 @@ def calibration_page(facts: Mapping[str, Any]) -> str:
         ticks=[(percent, _x(percent / 100), _y(percent / 100)) for percent in (0, 25, 50, 75, 100)],
         square={"left": _LEFT, "top": _TOP, "side": _SIDE},
         named={name: _named(name, facts) for name in facts["at_cutoff"]},
-        cutoffs=[{"name": name, "cutoff": facts["cutoffs"][name], **at} for name, at in facts["at_cutoff"].items()],
+        cutoffs=[
+            {"name": name, "cutoff": facts["cutoffs"][name], "remark": _remark(facts["cutoffs"][name]), **at}
+            for name, at in facts["at_cutoff"].items()
+        ],
     )
 
 
@@ -116,6 +122,15 @@ def _decimal(value: float | None) -> str:
     return "not defined" if value is None else f"{value:.2f}"
 
 
+def _remark(cutoff: float) -> str:
+    """Explain a cutoff that looks like a mistake."""
+    if cutoff < _EDGE:
+        return "Very low: it also calls images that are most probably without it. Expect many false alarms."
+    if cutoff > 1 - _EDGE:
+        return "Very high: it calls only what the model is almost sure of, perhaps nothing."
+    return ""
+
+
 def _warnings(facts: Mapping[str, Any]) -> list[str]:
     """Say what a reader must know before any figure."""
     warnings = []
@@ -133,6 +148,19 @@ def _warnings(facts: Mapping[str, Any]) -> list[str]:
         warnings.append(
             "The encoder was pretrained with labels. If these patients' labels were among them, every figure here is "
             "too good."
+        )
+    collapse = facts["origin"].get("collapse", {})
+    if collapse:
+        signs = "; ".join(f"{site}: {', '.join(texts)}" for site, texts in collapse.items())
+        warnings.append(
+            f"The encoder shows signs of collapse at the end of its pretraining ({signs}). It may tell images apart "
+            "no better than one that was never pretrained."
+        )
+    labels = facts.get("labels", {"lost": 0, "listed": 0})
+    if half_lost(labels["lost"], labels["listed"]):
+        warnings.append(
+            f"{labels['lost']} of {labels['listed']} labels belong to no readable image, so the model learned without "
+            "them. Check the table and the images before you rely on any figure."
         )
     return warnings
 

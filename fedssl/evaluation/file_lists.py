@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ def files_of(store: ImageStore, source: Source, rows: Sequence[int]) -> list[str
 
 
 def write_suggestions(path: Path, suggestions: Sequence[Suggestion], files: Sequence[str], studies: np.ndarray) -> None:
-    """Write the studies to label next, the most useful first: one of their files, pseudonym, cluster.
+    """Write the studies to label next, the most useful first: one of their files, pseudonym, cluster, and why.
 
     Args:
         path: of the CSV.
@@ -47,10 +47,10 @@ def write_suggestions(path: Path, suggestions: Sequence[Suggestion], files: Sequ
         studies: [images of the store] pseudonyms.
     """
     lines = [
-        [rank, file, studies[one.row], one.cluster]
+        [rank, file, studies[one.row], one.cluster, one.why]
         for rank, (one, file) in enumerate(zip(suggestions, files, strict=True), 1)
     ]
-    _write(path, ["rank", "file", "study", "cluster"], lines, "the list of studies")
+    _write(path, ["rank", "file", "study", "cluster", "why"], lines, "the list of studies")
 
 
 def write_predictions(
@@ -74,16 +74,39 @@ def write_predictions(
     _write(path, [*_FIRST, *outputs, *decisions], lines, "the predictions")
 
 
-def refuse_foreign(path: Path) -> None:
-    """Refuse to replace a file that does not look like predictions.
+def refuse_sites_below(images: str, site: str, sites: Collection[str]) -> None:
+    """Refuse a folder of sites that is said to be one site's: its sites would count as patients.
+
+    Args:
+        images: a folder; anything else is let through.
+        site: name of the one site that is said to own it.
+        sites: of the training run.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: below the folder lie folders of these names.
+    """
+    root = Path(images)
+    below = {entry.name for entry in root.iterdir() if entry.is_dir()} if root.is_dir() else set[str]()
+    found = sorted(below & {site, *sites})
+    if found:
+        raise ConfigError(
+            f"The images' folder holds folders of sites ({', '.join(found)}), but with --site the folders in it are "
+            "patients. Give --images IMAGES/SITE, or leave out --site."
+        )
+
+
+def refuse_predictions(path: Path, *, overwrite: bool) -> None:
+    """Check, before any image is read, that predictions may be written there.
+
+    Raises:
+        ConfigError: something else is there, or predictions and ``overwrite`` is false.
     """
     if path.is_dir():
         raise ConfigError("The output of a prediction is a CSV file, but the path given is a folder. Add a file name.")
     if path.exists() and not path.read_bytes().startswith(",".join(_FIRST).encode()):
         raise ConfigError(f"{path.name} exists and holds no predictions, so it is not replaced. Choose another output.")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path.name} exists. Replace it with --overwrite, or choose another output.")
 
 
 def _write(path: Path, header: Sequence[str], lines: Iterable[Sequence[object]], what: str) -> None:

@@ -1,16 +1,92 @@
-"""What cross-validation says of a site's model: calibration, cutoffs, figures with intervals."""
+"""What is asked of a site's model, and what is known of it: calibration, cutoffs, figures with intervals."""
 
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float
 
+from fedssl import progress
+from fedssl.errors import ConfigError
 from fedssl.evaluation.calibration import as_written, cutoffs, fit_temperature, prior_of, probabilities, reliability
 from fedssl.evaluation.metrics import METRICS, draw_patients
 from fedssl.evaluation.out_of_fold import OutOfFold
+from fedssl.evaluation.recipe import Recipe
 from fedssl.evaluation.statistics import interval
 from fedssl.evaluation.targets import Targets
+from fedssl.run_folder import RunFolder
+from fedssl.storage import read_jsonl
+
+_LEAST = {"number_next": 0, "resamples": 10, "threads": 1}
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a user asks for; ``threads`` None: as many as the run."""
+
+    recipe: Recipe
+    number_next: int = 20
+    resamples: int = 2000
+    overwrite: bool = False
+    threads: int | None = None
+
+
+def wish_of(changed: Mapping[str, Any]) -> Wish:
+    """Sort out fields of ``Wish`` and of its recipe.
+
+    Raises:
+        ConfigError: a name is unknown or a value impossible.
+    """
+    own = {field.name for field in fields(Wish)} - {"recipe"}
+    known = sorted(own | {field.name for field in fields(Recipe)})
+    unknown = sorted(changed.keys() - set(known))
+    if unknown:
+        near = nearest(unknown, known)
+        raise ConfigError(f"{', '.join(unknown)} is no setting of a site's model{near}. There are {', '.join(known)}.")
+    given = {name: value for name, value in changed.items() if name in own and value is not None}
+    wrong = [
+        f"{name} must be a whole number of at least {least}"
+        for name, least in _LEAST.items()
+        if name in given and (type(given[name]) is not int or given[name] < least)
+    ]
+    if wrong:
+        raise ConfigError(f"{'; '.join(wrong)}.")
+    return Wish(Recipe(**{name: value for name, value in changed.items() if name not in own}), **given)
+
+
+def nearest(unknown: Sequence[str], known: Sequence[str]) -> str:
+    """Ask whether a known name was meant; empty if none is alike."""
+    near = [found for name in unknown for found in get_close_matches(name, known, n=1, cutoff=0.5)]
+    return f" (did you mean {', '.join(near)}?)" if near else ""
+
+
+def use_threads(threads: object) -> None:
+    """Compute with so many threads of the CPU; None: as many as before.
+
+    Raises:
+        ConfigError: it is no number of threads.
+    """
+    if threads is None:
+        return
+    if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
+        raise ConfigError("training.threads must be a whole number of at least 1.")
+    torch.set_num_threads(threads)
+
+
+def signs_of_collapse(run: RunFolder, number: int) -> dict[str, list[str]]:
+    """Say at which sites the round of a checkpoint showed signs of collapse, also aloud."""
+    signs = [row.get("ssl/collapse") for row in read_jsonl(run.round_metrics) if row.get("round") == number]
+    found: dict[str, list[str]] = (signs[-1] if signs else None) or {}
+    if found:
+        sites = "; ".join(f"{site}: {', '.join(texts)}" for site, texts in found.items())
+        text = (
+            f"The encoder shows signs of collapse in round {number} of its pretraining ({sites}). Try another encoder."
+        )
+        progress.publish(progress.Note(text, alarm=True))
+    return found
 
 
 def judge(

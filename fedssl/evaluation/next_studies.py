@@ -1,7 +1,7 @@
 """Which studies to label next: typical ones of clusters that have few labels (cf. TypiClust, Hacohen et al. 2022)."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,10 +20,11 @@ _IMAGES_OF_A_STUDY = 8  # that stand for it
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A study to label: the row of its most typical image, and the number of its cluster."""
+    """A study to label: the row of its most typical image, the number of its cluster, and in words why it is chosen."""
 
     row: int
     cluster: int
+    why: str = ""
 
 
 @torch.no_grad()
@@ -57,7 +58,7 @@ def suggest(
         on_device = torch.from_numpy(features).to(next(method.parameters()).device)
         scores = method.eval().prototype_scores(on_device).float().cpu().numpy()
     found = next_studies(features, scores, studies[rows], store.column("group")[rows], known[rows], number)
-    return [Suggestion(int(rows[one.row]), one.cluster) for one in found]
+    return [replace(one, row=int(rows[one.row])) for one in found]
 
 
 def _some_of_each(
@@ -112,7 +113,7 @@ def next_studies(
     np.add.at(nearness, study, each)
     nearness /= count[:, None]
     chosen = _chosen(_Studies(owner, known, nearness), number)
-    return [Suggestion(_typical(study == one, each[:, cluster]), cluster) for one, cluster in chosen]
+    return [Suggestion(_typical(study == one, each[:, cluster]), cluster, why) for one, cluster, why in chosen]
 
 
 def _typical(here: Bool[np.ndarray, " images"], nearness: Float[np.ndarray, " images"]) -> int:
@@ -120,25 +121,33 @@ def _typical(here: Bool[np.ndarray, " images"], nearness: Float[np.ndarray, " im
     return int(rows[nearness[rows].argmax()])
 
 
-def _chosen(of: _Studies, number: int) -> list[tuple[int, int]]:
-    """Choose studies greedily; ties go to the lower number. Returns pairs of study and cluster."""
+def _chosen(of: _Studies, number: int) -> list[tuple[int, int, str]]:
+    """Choose studies greedily; ties go to the lower number. Returns study, cluster and reason of each."""
     clusters = of.nearness.shape[1]
     cluster = of.nearness.argmax(1)
     left = ~of.labelled
-    done = np.bincount(cluster[of.labelled], minlength=clusters)
+    sizes, labelled = (np.bincount(cluster[x], minlength=clusters) for x in (slice(None), of.labelled))
+    done = labelled.copy()
     met = set(of.patients[of.labelled].tolist())
-    chosen: list[tuple[int, int]] = []
+    chosen: list[tuple[int, int, str]] = []
     while left.any() and len(chosen) < number:
         fresh = left & ~np.isin(of.patients, list(met))
         pool = fresh if fresh.any() else left
         best = int((np.bincount(cluster[pool], minlength=clusters) / (1 + done)).argmax())
         inside = np.flatnonzero(pool & (cluster == best))
         study = int(inside[of.nearness[inside, best].argmax()])
-        chosen.append((study, best))
+        why = _why(best, int(sizes[best]), int(labelled[best]), int(done[best] - labelled[best]))
+        chosen.append((study, best, why if fresh.any() else f"{why}; a further study of a patient"))
         left[study] = False
         done[best] += 1
         met.add(int(of.patients[study]))
     return chosen
+
+
+def _why(cluster: int, studies: int, labelled: int, proposed: int) -> str:
+    """Say in words what a cluster holds when one of its studies is chosen."""
+    text = f"cluster {cluster}: {studies} {'study' if studies == 1 else 'studies'}, {labelled or 'none'} labelled"
+    return f"{text}, {proposed} proposed above" if proposed else text
 
 
 def _kmeans(

@@ -14,6 +14,7 @@ from fedssl.evaluation.finetune import Classifier, Recipe, finetune, logits
 from fedssl.evaluation.targets import Targets
 
 FOLDS = 5
+_FEW = 5  # labelled patients: fewer are more often a layout misread than a site's work
 _ATTEMPTS = 20
 
 
@@ -85,6 +86,23 @@ def cross_validate(lesson: Lesson, *, seed: int = 0) -> OutOfFold:
         scores[here] = logits(model, lesson.store, lesson.rows[here], edge=lesson.edge)
         progress.publish(progress.Done("cross-validating", fold + 1, count))
     return OutOfFold(scores, folds)
+
+
+def warn_of_few(patients: np.ndarray, *, of_one_site: bool) -> None:
+    """Say aloud that hardly anybody is labelled, and which layout is expected: sites may have been taken for patients.
+
+    Args:
+        patients: [images] whose the labelled ones are.
+        of_one_site: the images' root is said to be one site's.
+    """
+    number = len(np.unique(patients))
+    if number < _FEW:
+        layout = "<patient>/... (because a site was named)" if of_one_site else "<site>/<patient>/..."
+        text = (
+            f"Labelled patients: only {number}. If there are more, check the layout: below the images' root fedssl "
+            f"expects {layout}, unless a manifest or the files themselves say whose they are. Otherwise label more."
+        )
+        progress.publish(progress.Note(text, alarm=True))
 
 
 def without_absent(targets: Targets) -> Targets:

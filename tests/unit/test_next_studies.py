@@ -113,3 +113,17 @@ def test_names_and_a_second_call_change_nothing(prototypes):
 def test_without_anything_to_label_nothing_is_suggested():
     features, scores, study, patient, _ = _site(np.random.default_rng(7))
     assert next_studies(features, scores, study, patient, np.ones(len(study), bool)) == []
+
+
+def test_the_reason_counts_the_studies_of_the_cluster_that_are_there_labelled_and_proposed():
+    scores = np.array([[1, 0], [0.9, 0], [0.8, 0], [0.7, 0], [0, 1]], np.float32)
+    study = patient = np.arange(5)
+    found = next_studies(scores, scores, study, patient, study == 3, 9)
+    assert [one.why for one in found] == [
+        "cluster 0: 4 studies, 1 labelled",
+        "cluster 1: 1 study, none labelled",
+        "cluster 0: 4 studies, 1 labelled, 1 proposed above",
+        "cluster 0: 4 studies, 1 labelled, 2 proposed above",
+    ]
+    again = next_studies(scores[:2], scores[:2], study[:2], np.zeros(2, int), study[:2] == 0, 9)
+    assert [one.why for one in again] == ["cluster 0: 2 studies, 1 labelled; a further study of a patient"]

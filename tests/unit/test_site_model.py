@@ -1,6 +1,7 @@
 """A site's own model: trained on its labels, written down, used on new images."""
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -12,14 +13,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
 from fedssl import progress
 from fedssl.augment import standardise
 from fedssl.build_images import open_images
 from fedssl.checkpoint import load_checkpoint, save_checkpoint
+from fedssl.cli import app
 from fedssl.encoders import build_encoder
 from fedssl.errors import ConfigError, DataError
-from fedssl.evaluation import out_of_fold
+from fedssl.evaluation import model_folder, out_of_fold
+from fedssl.evaluation.calibration_page import calibration_page
+from fedssl.evaluation.recipe import Recipe
 from fedssl.run_folder import RunFolder
 from fedssl.site_model import fit_site_model, predict_images
 from simulations.run import simulate
@@ -73,6 +78,16 @@ def _write(path, rows):
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def _alarms(heard):
+    return [event.text for event in heard if isinstance(event, progress.Note) and event.alarm]
+
+
+def _command(*arguments):
+    """Run the command; returns its exit code and everything that it said, on one line."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, " ".join(result.output.split())
 
 
 def _facts(folder):
@@ -169,6 +184,10 @@ def test_the_next_studies_are_unlabelled_ones_of_different_patients_and_stay_wit
     lines = _read(fitted / "next-studies.csv")
     labelled = {row["patient"] for row in _read(some_labels)}
     patients = [line["file"].split("/")[1] for line in lines]
+    assert all(
+        re.match(rf"cluster {line['cluster']}: \d+ stud(y|ies), (none|\d+) labelled", line["why"]) for line in lines
+    )
+    assert _facts(fitted)["next_studies"] == len(lines)
     unlabelled = {path.name for path in hospitals.glob("*/*") if path.is_dir()} - labelled
     assert [int(line["rank"]) for line in lines] == list(range(1, len(lines) + 1))
     assert set(patients) == unlabelled
@@ -199,7 +218,7 @@ def test_a_model_that_guesses_says_so_when_it_is_used(copy, hospitals, tmp_path,
     for better in (True, False):
         (copy / "model.json").write_text(json.dumps(facts | {"better_than_guessing": better}))
         heard.clear()
-        predict_images(copy, str(hospitals), output=tmp_path / "out.csv")
+        predict_images(copy, str(hospitals), output=tmp_path / "out.csv", overwrite=True)
         alarms = [event.text for event in heard if isinstance(event, progress.Note) and event.alarm]
         assert any("better than guessing" in text for text in alarms) == (not better)
 
@@ -271,7 +290,7 @@ def test_a_folder_of_pngs_without_patients_is_predicted_and_what_cannot_be_read_
     assert [line["file"] for line in _read(tmp_path / "out.csv")] == ["a.png", "b.png", "deep/c.png"]
     assert (counts["images"], counts["files"], counts["unreadable"]) == (3, 3, 1)
     Image.fromarray(rng.integers(0, 255, (50, 60), dtype=np.uint8)).save(root / "new.png")
-    assert predict_images(fitted, str(root), output=tmp_path / "out.csv")["images"] == 4
+    assert predict_images(fitted, str(root), output=tmp_path / "out.csv", overwrite=True)["images"] == 4
 
 
 def test_the_files_of_a_manifest_are_named_as_it_names_them(fitted, hospitals, tmp_path):
@@ -285,35 +304,37 @@ def test_the_files_of_a_manifest_are_named_as_it_names_them(fitted, hospitals, t
 def test_predictions_replace_no_other_file(fitted, hospitals, tmp_path, some_labels):
     before = some_labels.read_bytes()
     with pytest.raises(ConfigError, match="holds no predictions"):
-        predict_images(fitted, str(hospitals), output=some_labels)
+        predict_images(fitted, str(hospitals), output=some_labels, overwrite=True)
     assert some_labels.read_bytes() == before
     with pytest.raises(ConfigError, match="is a folder"):
         predict_images(fitted, str(hospitals), output=tmp_path)
 
 
 def test_a_folder_is_replaced_only_if_it_holds_a_model_and_one_says_so(run, some_labels, copy, tmp_path):
-    with pytest.raises(ConfigError, match="holds a site model"):
+    with pytest.raises(ConfigError, match=r"holds a site model\. Replace it with --overwrite"):
         fit_site_model(run, some_labels, label="lesion", output=copy, **QUICK)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("years of work")
     with pytest.raises(ConfigError, match="no site model"):
         fit_site_model(run, some_labels, label="lesion", output=tmp_path / "other", overwrite=True, **QUICK)
     assert (tmp_path / "other" / "thesis.txt").read_text() == "years of work"
-    (copy / "stale.txt").write_text("")
     before = _facts(copy)
     found = fit_site_model(run, some_labels, label="lesion", output=copy, overwrite=True, **QUICK)
     assert {path.name for path in copy.iterdir()} == FILES
     assert found == before  # and the same labels give the same model to the bit
-    assert not list(tmp_path.glob(".copy*"))
+    assert not list(tmp_path.glob(".*copy*"))
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"learning": 1}, "learning is no setting"),
+        ({"head_lrr": 1}, r"did you mean head_lr\?\). There are batch_size, checks, "),
+        ({"threads": 0}, "threads must be a whole number of at least 1"),
+        ({"resamples": "many"}, "resamples must be a whole number"),
         ({"part": "tail"}, "part=tail"),
-        ({"number_next": -1}, "number_next must be at least 0"),
-        ({"data": {"burned-in": "mask"}}, "data.burned-in is unknown"),
+        ({"number_next": -1}, "number_next must be a whole number of at least 0"),
+        ({"data": {"burned-in": "mask"}}, "data.burned-in is unknown .did you mean burned_in"),
         ({"data": {"burned_in": "perhaps"}}, "data.burned_in must be"),
     ],
 )
@@ -362,3 +383,226 @@ def test_a_damaged_or_foreign_model_is_explained(copy, hospitals, tmp_path, dama
 
 def _change(folder, **facts):
     (folder / "model.json").write_text(json.dumps(_facts(folder) | facts))
+
+
+def test_a_studys_folder_is_named_as_such_with_the_folders_of_its_encoders(tmp_path, some_labels):
+    folder = tmp_path / "one"
+    folder.mkdir()
+    (folder / "protocol.json").write_text("{}")
+    arguments = ("finetune", folder, "--labels", some_labels, "--model", tmp_path / "m")
+    code, said = _command(*arguments)
+    assert code == 2
+    assert "one is a study, not the run of one encoder." in said
+    arms = [
+        {"encoder": "no pretraining", "fingerprint": ""},
+        {"encoder": "federated", "fingerprint": "12ab", "folder": "12ab-34cd"},
+        {"encoder": "pooled", "fingerprint": "56ef"},
+        {"encoder": "natural images", "missing": "no file"},
+    ]
+    (folder / "study.json").write_text(json.dumps({"arms": arms}))
+    assert "(default: runs/encoders): federated (12ab-34cd), pooled (starts with 56ef)." in _command(*arguments)[1]
+    (folder / "study.json").write_text("[1")
+    assert "one is a study" in _command(*arguments)[1]
+
+
+def test_sites_below_the_root_of_one_site_are_refused_before_they_become_patients(
+    run, hospitals, some_labels, tmp_path
+):
+    with pytest.raises(
+        ConfigError, match=r"folders of sites \(.*WEST\).*Give --images IMAGES/SITE, or leave out --site"
+    ):
+        fit_site_model(
+            run, some_labels, label="lesion", output=tmp_path / "m", images=str(hospitals), site="WEST", **QUICK
+        )
+
+
+def test_a_handful_of_patients_is_said_aloud_with_the_layout_expected(run, hospitals, tmp_path, heard):
+    rows = [row for row in _read(hospitals / "labels.csv") if row["file"].startswith("NORTH/")]
+    four = sorted({row["patient"] for row in rows})[:4]
+    shutil.copytree(hospitals / "NORTH", tmp_path / "export")
+    few = [
+        {"file": row["file"].removeprefix("NORTH/"), "x": four.index(row["patient"]) % 2}
+        for row in rows
+        if row["patient"] in four
+    ]
+    fit_site_model(
+        run, _write(tmp_path / "few.csv", few), label="x", output=tmp_path / "m", images=str(tmp_path / "export"),
+        site="NORTH", **QUICK,
+    )  # fmt: skip
+    (text,) = [text for text in _alarms(heard) if text.startswith("Labelled patients: only 4.")]
+    assert "expects <patient>/... (because a site was named)" in text
+
+
+def test_labels_without_an_image_are_counted_in_the_facts_and_half_of_them_are_an_alarm(
+    run, fitted, some_labels, tmp_path, heard
+):
+    rows = _read(some_labels)
+    assert _facts(fitted)["labels"] == {"listed": len(rows), "lost": 0}
+    strangers = [row | {"file": f"EAST/MEYER/{number}.dcm"} for number, row in enumerate(rows)]
+    table = _write(tmp_path / "l.csv", rows + strangers)
+    found = fit_site_model(run, table, label="lesion", output=tmp_path / "m", **QUICK)
+    assert found["labels"] == {"listed": 2 * len(rows), "lost": len(rows)}
+    sentence = f"{len(rows)} of {2 * len(rows)} labels belong to no readable image"
+    assert any(sentence in text for text in _alarms(heard))
+    page = (tmp_path / "m" / "calibration.html").read_text()
+    assert sentence in page
+    assert sentence not in (fitted / "calibration.html").read_text()
+    assert "MEYER" not in page + (tmp_path / "m" / "model.json").read_text()
+
+
+def test_an_encoder_that_collapsed_in_its_last_round_is_told_of_aloud_and_on_the_page(
+    run, some_labels, tmp_path, heard
+):
+    folder = RunFolder(shutil.copytree(run, tmp_path / "run"))
+    last = load_checkpoint(folder.last).round
+    folder.record_round({"round": last, "ssl/collapse": {"EAST": ["features span 1.0 of 16 dimensions (RankMe)"]}})
+    found = fit_site_model(folder.path, some_labels, label="lesion", output=tmp_path / "m", **QUICK)
+    assert found["origin"]["collapse"] == {"EAST": ["features span 1.0 of 16 dimensions (RankMe)"]}
+    assert any("collapse" in text and "EAST: features span 1.0" in text for text in _alarms(heard))
+    assert "signs of collapse" in (tmp_path / "m" / "calibration.html").read_text()
+
+
+def test_threads_are_those_asked_for_else_those_of_the_run(run, fitted, hospitals, tmp_path, some_labels):
+    before = torch.get_num_threads()
+    assert _facts(fitted)["threads"] == 1
+    try:
+        predict_images(fitted, str(hospitals), output=tmp_path / "p.csv", threads=2)
+        assert torch.get_num_threads() == 2
+        predict_images(fitted, str(hospitals), output=tmp_path / "q.csv")
+        assert torch.get_num_threads() == 1
+        with pytest.raises(ConfigError, match=r"training\.threads must be"):
+            predict_images(fitted, str(hospitals), output=tmp_path / "r.csv", threads=0)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("verb", "setting", "sentence"),
+    [
+        (
+            "finetune",
+            "finetune.lrr=1",
+            "'finetune.lrr' is no setting here (did you mean finetune.lr?). There are data.KEY",
+        ),
+        ("finetune", "finetune.part=head", "'finetune.part' is no setting here"),
+        ("finetune", "finetune.epochs", "'finetune.epochs' is not KEY=VALUE"),
+        ("finetune", "data.filters={a", "The value of data.filters cannot be read"),
+        ("finetune", "data.root=elsewhere", "Name the images' root itself"),
+        ("finetune", "training.threads=none", "threads must be a whole number"),
+        ("finetune", "finetune.lr=-5e-4", "finetune.lr=-0.0005 must be a number above 0"),
+        ("predict", "finetune.lr=1", "'finetune.lr' is no setting here. There are data.KEY, training.threads."),
+        ("predict", "training.threads=0", "training.threads must be a whole number"),
+    ],
+)
+def test_a_setting_that_would_change_nothing_is_refused_with_those_that_there_are(
+    run, fitted, some_labels, hospitals, tmp_path, verb, setting, sentence
+):
+    words = {
+        "finetune": (run, "--labels", some_labels, "--label", "lesion", "--model", tmp_path / "m"),
+        "predict": (fitted, hospitals, "--output", tmp_path / "p.csv"),
+    }
+    code, said = _command(verb, *words[verb], setting)
+    assert code == 2
+    assert sentence in said
+
+
+def test_the_help_names_every_setting_of_a_recipe_and_what_the_paths_are_relative_to():
+    from fedssl import cli_evidence
+
+    of_recipe = {field.name for field in dataclasses.fields(Recipe)}
+    assert set(cli_evidence._FINETUNE) == of_recipe - {"part"} | {"resamples"}
+    helps = {name: _command(name, "--help")[1] for name in ("finetune", "predict")}
+    words = set(re.findall(r"[\w.]+", helps["finetune"]))
+    assert {*cli_evidence._FINETUNE, "finetune.KEY", "data.KEY", "training.threads"} <= words
+    assert "names files by their paths below IMAGES" in helps["predict"]
+    assert "training.threads" in helps["predict"]
+    assert "head_lr" not in helps["predict"]
+
+
+def test_the_command_shows_no_interval_where_none_holds_and_says_when_nothing_is_left_to_label(
+    run, hospitals, tmp_path
+):
+    words = ("--labels", hospitals / "labels.csv", "--label", "lesion", "--part", "head", "--model", tmp_path / "m")
+    code, said = _command("finetune", run, *words, "finetune.most_steps=8", "finetune.least_steps=8")
+    assert code == 0
+    assert re.search(r"calibration error +\d\.\d{3} +\d\.\d{3} ", said)
+    assert "Calibration error has no interval" in said
+    assert "Every study has a label already" in said
+    assert (tmp_path / "m" / "next-studies.csv").read_text() == "rank,file,study,cluster,why\n"
+
+
+def test_predictions_are_replaced_only_if_one_says_so(fitted, hospitals, tmp_path):
+    out = tmp_path / "p.csv"
+    assert _command("predict", fitted, hospitals, "--output", out)[0] == 0
+    before = out.stat().st_mtime_ns
+    code, said = _command("predict", fitted, hospitals, "--output", out)
+    assert (code, out.stat().st_mtime_ns) == (2, before)
+    assert "p.csv exists. Replace it with --overwrite" in said
+    assert _command("predict", fitted, hospitals, "--output", out, "--overwrite")[0] == 0
+    assert out.stat().st_mtime_ns > before
+
+
+def test_files_that_somebody_put_beside_a_model_are_not_removed(run, some_labels, copy, tmp_path, heard):
+    (copy / "predictions.csv").write_text("file,frame\n")
+    with pytest.raises(ConfigError, match="1 other file, which --overwrite would remove"):
+        fit_site_model(run, some_labels, label="lesion", output=copy, overwrite=True, **QUICK)
+    assert (copy / "predictions.csv").exists()
+    _replace(copy)  # put there during the training
+    assert {path.name for path in copy.iterdir()} == FILES
+    assert [path.name for path in (tmp_path / "copy.kept1").iterdir()] == ["predictions.csv"]
+    assert any("kept beside it in copy.kept1" in text for text in _alarms(heard))
+
+
+def _replace(folder, mark="new"):
+    """Write a model anew as the same one with another mark."""
+    facts, tensors = model_folder.read_model(folder)
+    facts["mark"] = mark
+    return model_folder.write_model(folder, tensors, facts, lambda path: path.write_text(""))
+
+
+class _Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("last", range(1, 40))
+def test_a_kill_at_any_call_to_the_system_leaves_an_old_or_a_new_model(copy, monkeypatch, last):
+    """The process dies before its Nth change of the folders: nothing after it happens, not even tidying."""
+    calls = 0
+
+    def mortal(function):
+        def call(*arguments, **settings):
+            nonlocal calls
+            calls += 1
+            if calls >= last:
+                raise _Killed
+            return function(*arguments, **settings)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("rename", "replace", "unlink", "rmdir", "mkdir"):
+            patch.setattr(f"pathlib.Path.{name}", mortal(getattr(model_folder.Path, name)))
+        patch.setattr("shutil.rmtree", mortal(shutil.rmtree))
+        try:
+            _replace(copy)
+        except _Killed:
+            pass
+        else:
+            assert last > 10
+    assert model_folder.read_model(copy)[0].get("mark", "old") in {"old", "new"}
+    with pytest.raises(ConfigError, match="holds a site model"):
+        model_folder.refuse_folder(copy, overwrite=False)
+    model_folder.refuse_folder(copy, overwrite=True)
+    _replace(copy, "newer")
+    assert _facts(copy)["mark"] == "newer"
+    assert [path.name for path in copy.parent.iterdir() if "copy" in path.name] == ["copy"]
+
+
+def test_the_page_lists_the_shares_in_a_table_and_remarks_on_cutoffs_at_the_edge(fitted):
+    facts = _facts(fitted)
+    for cutoff, words in ((0.04, "Very low"), (0.5, ""), (0.96, "Very high")):
+        page = calibration_page(facts | {"cutoffs": {"1": cutoff}})
+        assert [text for text in ("Very low", "Very high") if text in page] == ([words] if words else [])
+    count = facts["patients_by_output"]["1"]
+    assert f'<td class="figure">{count["with_or_without"]}</td>' in page
+    assert "share of images" in page

@@ -100,7 +100,12 @@ def tidy(file: str) -> str:
 def known_columns(table: pa.Table, known: Collection[str]) -> str:
     """Say what a table has; the names of unknown columns may be a first row, and that may be a patient."""
     names = sorted(set(known) & set(table.column_names))
-    return f"it has {table.num_columns} columns, known ones: {', '.join(names) or 'none (is the header line missing?)'}"
+    others = table.num_columns - len(names)
+    shown = (
+        f"it has {table.num_columns} columns, known ones: {', '.join(names) or 'none (is the header line missing?)'}"
+    )
+    hidden = "1 other column is" if others == 1 else f"{others} other columns are"
+    return f"{shown}; {hidden} not shown here (a name in it may be a patient's)" if others else shown
 
 
 def read_table(path: Path, text: Sequence[str] = ()) -> pa.Table:
@@ -113,6 +118,8 @@ def read_table(path: Path, text: Sequence[str] = ()) -> pa.Table:
     Raises:
         DataError: the file is missing or is no table.
     """
+    if not path.exists():
+        raise DataError(f"The table {path.name} cannot be read: There is no such file. Check the path.")
     try:
         if path.suffix == ".parquet":
             return pq.read_table(path)
