@@ -125,6 +125,11 @@ class Views:
         """Pixels on a side of the compared views: the size for which the encoder is trained."""
         return self.scales[0].edge
 
+    @property
+    def flip(self) -> bool:
+        """Whether images of every modality may be mirrored."""
+        return all(changes.flip for changes in (self.changes, *self.modalities.values()))
+
     def __call__(self, images: ImageBatch, generator: Generator) -> ViewBatch:
         """Make all views of a batch; rows with a partner take every other view from it."""
         sources = (images, images if images.partner is None else images.partner)

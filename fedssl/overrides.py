@@ -31,8 +31,13 @@ def ready(override: str) -> str:
         return f"++{override}"
     if key not in _QUOTED or value in {"", "null", "???"} or value[0] in "'\"$":
         return override
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"{key}='{escaped}'"
+    return f"{key}={quoted(value)}"
+
+
+def quoted(text: str) -> str:
+    """Quote any text as a value of Hydra's: names of sites may hold blanks, commas, quotes and braces."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${")
+    return f"'{escaped}'"
 
 
 def keys_of(node: Any, prefix: str = "") -> Iterator[str]:  # noqa: ANN401 - nested dictionaries

@@ -4,14 +4,19 @@ All arms see equally many images: an arm with fewer images passes over them more
 differ from: it trains plainly, whatever rule the federated one follows.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from fedssl.build_images import simulated_sites
 from fedssl.config import Config
-from fedssl.data.cache import ImageStore
+from fedssl.data.batches import Batches
+from fedssl.data.cache import ImageStore, Subset
 from fedssl.errors import ConfigError
+from fedssl.overrides import quoted
 
 FEDERATED, SINGLE_SITE, POOLED = "federated", "single_site", "pooled"
 
@@ -37,38 +42,39 @@ class Arm:
 
 def plan_arms(config: Config, store: ImageStore, overrides: Sequence[str]) -> list[Arm]:
     """Plan the arms that ``simulation.arms`` names; the federated one comes first and owns the run folder."""
-    images = {site: len(subset) for site, subset in simulated_sites(config, store).items()}
-    largest = max(images, key=lambda site: (images[site], site))
+    sites = simulated_sites(config, store)
+    largest = max(sites, key=lambda site: (len(sites[site]), site))
     folder, training = Path(config["run_dir"]), config["training"]
     if training["local_seconds"] is not None and set(config["simulation"]["arms"]) != {FEDERATED}:
         raise ConfigError(
             "With training.local_seconds nobody knows how many images an arm sees. Set simulation.arms=[federated], or "
             "training.local_epochs or training.local_steps."
         )
-    arms = [Arm(FEDERATED, f"federated ({len(images)} sites)", folder, list(overrides), len(images))]
+    arms = [Arm(FEDERATED, _title(config, sites), folder, list(overrides), len(sites))]
     for name in config["simulation"]["arms"]:
         if name == FEDERATED:
             continue
         alone = name == SINGLE_SITE
-        own = only_one_site(config, images, overrides, largest if alone else None)
+        own = only_one_site(config, sites, overrides, largest if alone else None)
         place = {"run_dir": str(folder / "arms" / name), "simulation.arms": f"[{FEDERATED}]"}
         title = f"{largest} alone" if alone else "all images pooled"
         arms.append(Arm(name, title, folder / "arms" / name, _replace(own, place), 1))
     return arms
 
 
-def only_one_site(config: Config, images: Mapping[str, int], overrides: Sequence[str], site: str | None) -> list[str]:
+def only_one_site(config: Config, sites: Mapping[str, Subset], overrides: Sequence[str], site: str | None) -> list[str]:
     """Overrides for one site alone, or for all images pooled at one site, that see as many images as the federation.
 
     Args:
         config: of the federation.
-        images: number of images of each site.
+        sites: images of each site.
         overrides: of the federation.
         site: who trains alone; None: all images pooled.
     """
-    training, taking = config["training"], config["federation"]["participation"]
-    steps = training["local_steps"] and max(1, round(training["local_steps"] * len(images) * taking))
-    share = 1.0 if site is None else images[site] / sum(images.values())
+    federation, own = config["federation"], [_batches(config, images) for images in sites.values()]
+    taking = max(federation["min_sites"], math.ceil(federation["participation"] * len(sites) - 1e-9)) / len(sites)
+    budget = taking * sum(len(batches) * batches.size for batches in own)  # images in a round, by whole batches
+    size = _batches(config, _pooled(list(sites.values())) if site is None else sites[site]).size
     changed = {
         "federation.min_sites": "1",
         "federation.sites": "null",
@@ -78,12 +84,30 @@ def only_one_site(config: Config, images: Mapping[str, int], overrides: Sequence
         "local": "plain",
         "federation.patience": "null",
         "federation.prototype_patients": "1",
-        "training.local_epochs": repr(training["local_epochs"] * taking / share),
-        "training.local_steps": str(steps or "null"),
+        "training.local_steps": str(max(1, round(budget / size))),
     }
-    return _replace(
-        overrides, changed | ({"simulation.pool": "true"} if site is None else {"simulation.only": f"'{site}'"})
-    )
+    place = {"simulation.pool": "true"} if site is None else {"simulation.only": quoted(site)}
+    return _replace(overrides, changed | place)
+
+
+def _pooled(parts: Sequence[Subset]) -> Subset:
+    return Subset(parts[0].store, np.concatenate([part.rows for part in parts]))
+
+
+def _batches(config: Config, images: Subset) -> Batches:
+    training = config["training"]
+    return Batches(
+        images, training["batch_size"], training["local_epochs"], seed=0, pairing=config["pairing"],
+        steps=training["local_steps"],
+    )  # fmt: skip
+
+
+def _title(config: Config, sites: Mapping[str, Subset]) -> str:
+    if config["simulation"]["pool"]:
+        return "all images pooled"
+    if config["simulation"]["only"] is not None:
+        return f"{config['simulation']['only']} alone"
+    return f"federated ({len(sites)} sites)"
 
 
 def _replace(overrides: Sequence[str], changed: dict[str, str]) -> list[str]:

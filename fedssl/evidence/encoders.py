@@ -10,6 +10,7 @@ from torch import nn
 
 from fedssl.build import build_method, image_edge
 from fedssl.config import Config
+from fedssl.evaluation.judgement import signs_of_collapse
 from fedssl.run_folder import RunFolder
 from fedssl.start_weights import load_start_weights
 from fedssl.update import load_shared_state
@@ -89,9 +90,15 @@ def load_encoder(arm: Arm, config: Config) -> Encoder:
         own["training"]["device"] = config["training"]["device"]
         method, checkpoint = build_method(own), trained_checkpoint(run.last)
         load_shared_state(method, checkpoint.state)
-        return _fixed(arm, method.encoder, own, identity(checkpoint, method))
+        known = identity(checkpoint, method) | {"folder": arm.folder.name}
+        signs = signs_of_collapse(run, checkpoint.round)
+        known["collapse"] = [f"{site}: {'; '.join(texts)}" for site, texts in sorted(signs.items())]
+        return _fixed(arm, method.encoder, own, known)
     method = build_method(config)
-    facts: dict[str, Any] = {"round": 0, "images_seen": 0, "sites": [], "method": "none", "fingerprint": ""}
+    drawn = {name: value for name, value in config["encoder"].items() if name not in {"weights", "seed"}}
+    facts: dict[str, Any] = {
+        "round": 0, "images_seen": 0, "sites": [], "method": "none", "fingerprint": "", "drawn": drawn
+    }  # fmt: skip
     if arm.kind == NATURAL:
         path = Path(config["study"]["natural_weights"])
         load_start_weights(method.encoder, path, in_chans=config["encoder"]["in_chans"])
@@ -111,8 +118,3 @@ def _random(config: Config, seed: int) -> nn.Module:
 def chosen(encoders: Sequence[Encoder], *kinds: str) -> list[Encoder]:
     """Pick the encoders of some kinds, in their order."""
     return [encoder for encoder in encoders if encoder.arm.kind in kinds]
-
-
-def without_folder(arm: Arm, reason: str) -> Arm:
-    """Mark an arm as missing."""
-    return replace(arm, folder=None, missing=reason)

@@ -14,20 +14,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
+from fedssl.evidence.cards import Rows, gap, percent
 from fedssl.evidence.encoders import ALONE, FEDERATED, NATURAL, POOLED, SCRATCH, WITHOUT
-
-Rows = Sequence[Mapping[str, Any]]
 
 _INK, _SOFT, _LINE, _RED = "#1d2329", "#4d5560", "#d9dde1", "#b3261e"
 _COLOURS = (
-    "#0b6e99", "#c2571a", "#5b7f2b", "#7d4f9e", "#b03060", "#2a7f76", "#8a6d3b", "#5f6b76", "#3f51b5", "#c43b8c",
-    "#8a7500", "#7a1f5c",
+    "#0072b2", "#cf5600", "#00805c", "#b5478f", "#8c6d00", "#3b2a9e", "#7d1f3f", "#1593a8", "#66707a",
 )  # fmt: skip
 _NAMED = {_INK: "--ink", _SOFT: "--soft", _LINE: "--line", _RED: "--red"} | {
     colour: f"--c{number}" for number, colour in enumerate(_COLOURS)
 }
-_RANKS = (FEDERATED, SCRATCH, POOLED, NATURAL, ALONE)  # in legends
-_MOST_LINES, _MOST_BANDS = 9, 5
+_RANKS = (FEDERATED, SCRATCH, POOLED, NATURAL, ALONE)  # in legends; the first four have a hue each
+_SITE_HUES, _PLAIN_HUE = (4, 5, 6, 7), 8
+_MARKERS = "s^Dvo"  # with the hues: 20 sites
+_VARIANTS = ((5.0, 2.0), (5.0, 1.5, 1.0, 1.5), (2.5, 1.5), (8.0, 2.0, 2.0, 2.0))
+_PLAIN = ((1.0, 1.5), (1.0, 3.0), (1.0, 1.0, 1.0, 4.0))
+_KEYS = {"o": "M14 5a3 3 0 1 0 6 0a3 3 0 1 0-6 0z", "s": "M14 2h6v6h-6z", "^": "M17 1.5l3.5 6.5h-7z",
+         "D": "M17 1l4 4l-4 4l-4-4z", "v": "M17 8.5l3.5-6.5h-7z"}  # fmt: skip
+_MOST_BANDS = 6
 _SETTINGS: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "fedssl", "text.parse_math": False, "axes.unicode_minus": False,
     "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "text.color": _INK, "axes.titlecolor": _INK,
@@ -46,59 +50,63 @@ _LEVELS = {
 
 @dataclass(frozen=True)
 class Style:
-    """How an encoder is drawn in every figure.
+    """How an encoder is drawn in every figure: variants have the colour and marker of their like, and other dashes.
 
     Attributes:
-        number: of its colour.
-        dashed: it is a baseline without an encoder.
-        thin: it gives way where there are many lines: a site alone, or a baseline.
+        hue: of its colour.
+        dashes: lengths of strokes and gaps in widths of the line; empty: solid.
+        marker: as matplotlib names it.
+        width: of the line.
     """
 
-    number: int
-    dashed: bool
-    thin: bool
+    hue: int
+    dashes: tuple[float, ...]
+    marker: str
+    width: float
 
     @property
-    def colour(self) -> str:
+    def line(self) -> dict[str, Any]:
         """For matplotlib."""
-        return _COLOURS[self.number % len(_COLOURS)]
+        dashes = (0, self.dashes) if self.dashes else "-"
+        return {"color": _COLOURS[self.hue], "ls": dashes, "marker": self.marker, "lw": self.width}
 
     @property
     def css(self) -> str:
-        """For the page."""
-        return f"var({_NAMED[self.colour]})"
+        """Its colour on the page."""
+        return f"var({_NAMED[_COLOURS[self.hue]]})"
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Its dashes and the path of its marker in a legend."""
+        return " ".join(f"{self.width * length:g}" for length in self.dashes) or "none", _KEYS[self.marker]
 
 
 def styles_of(arms: Rows, scores: Rows) -> dict[str, Style]:
     """Give every encoder and baseline its style; the order is that of legends."""
-    kinds = {arm["encoder"]: arm["kind"] for arm in arms if arm["kind"] != WITHOUT and not arm["missing"]}
-    variants = {arm["encoder"] for arm in arms if arm["variant"]}
-    names = sorted(kinds, key=lambda name: (name in variants, _RANKS.index(kinds[name])))
-    names += dict.fromkeys(row["encoder"] for row in scores if row["encoder"] not in kinds)
-    return {
-        name: Style(number, dashed=name not in kinds, thin=kinds.get(name, ALONE) == ALONE)
-        for number, name in enumerate(names)
+    kept = [arm for arm in arms if arm["kind"] != WITHOUT and not arm["missing"]]
+    variants = list(dict.fromkeys(["", *(arm["variant"] for arm in kept)]))
+    sites = list(dict.fromkeys(arm["site"] for arm in kept if arm["kind"] == ALONE))
+    kept.sort(key=lambda arm: (arm["kind"] == ALONE, variants.index(arm["variant"]), _RANKS.index(arm["kind"])))
+    styles = {arm["encoder"]: _style(arm, variants, sites) for arm in kept}
+    plain = dict.fromkeys(row["encoder"] for row in scores if row["encoder"] not in styles)
+    return styles | {
+        name: Style(_PLAIN_HUE, _PLAIN[number % len(_PLAIN)], _MARKERS[-1 - number % 3], 1.4)
+        for number, name in enumerate(plain)
     }
 
 
-def drawn(names: Iterable[str], arms: Rows) -> list[str]:
-    """Choose the lines of a figure, by groups: all of a group or none, so that no site is left out by chance."""
-    present, arms_by_name = list(dict.fromkeys(names)), {arm["encoder"]: arm for arm in arms}
+def _style(arm: Mapping[str, Any], variants: Sequence[str], sites: Sequence[str]) -> Style:
+    number = variants.index(arm["variant"])
+    dashes = _VARIANTS[(number - 1) % len(_VARIANTS)] if number else ()
+    if arm["kind"] == ALONE:
+        site = sites.index(arm["site"])
+        return Style(_SITE_HUES[site % len(_SITE_HUES)], dashes, _MARKERS[site % len(_MARKERS)], 1.0)
+    return Style(_RANKS.index(arm["kind"]), dashes, "o", 2.2 if arm["kind"] == FEDERATED else 1.6)
 
-    def group(name: str) -> int:
-        arm = arms_by_name.get(name)
-        if arm is None:
-            return {"raw pixels (PCA)": 1, "metadata only": 4}.get(name, 5)
-        if arm["kind"] == ALONE:
-            return 2 if not arm["variant"] else 6
-        return 0 if not arm["variant"] else (3 if arm["kind"] == FEDERATED else 6)
 
-    chosen: list[str] = []
-    for number in range(7):
-        more = [name for name in present if group(name) == number]
-        if not chosen or len(chosen) + len(more) <= _MOST_LINES:
-            chosen += more
-    return chosen
+def banded(names: Iterable[str]) -> bool:
+    """Tell whether lines are few enough to have bands."""
+    return len(set(names)) <= _MOST_BANDS
 
 
 def efficiency(
@@ -111,17 +119,18 @@ def efficiency(
         styles: of all encoders.
         title: of the panel.
         limits: of the AUROC axis.
-        goal: AUROC of no pretraining, fine-tuned with all labels; None: not known.
+        goal: AUROC of no pretraining at its best with all labels; None: not known.
     """
     with rc_context(_SETTINGS):
         figure = Figure(figsize=(4.3, 3.2), layout="constrained")
         axes = figure.subplots()
-        _lines(axes, rows, styles, "fraction")
-        shares = sorted({row["fraction"] for row in rows})
-        axes.set(xscale="log", xlim=(0.8 * shares[0], 1.25 * shares[-1]))
-        axes.set_xticks(shares, [f"{100 * share:g}" for share in shares])
+        _lines(axes, rows, styles, "share")
+        counts = dict(sorted((row["share"], row["labelled_patients"]) for row in rows))
+        shares = _apart(list(counts))
+        axes.set(xscale="log", xlim=(0.8 * min(counts), 1.25 * max(counts)))
+        axes.set_xticks(shares, [f"{percent(share)}\n({counts[share]})" for share in shares])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set(title=title, xlabel="labelled training patients (%)", ylabel="AUROC", ylim=limits)
+        axes.set(title=title, xlabel="labelled training patients, % (number)", ylabel="AUROC", ylim=limits)
         axes.axhline(0.5, color=_SOFT, lw=0.8, ls=":")
         if goal is not None:
             axes.axhline(goal, color=_INK, lw=1.2, ls=(0, (6, 3)))
@@ -146,8 +155,7 @@ def convergence(rows: Rows, styles: Mapping[str, Style]) -> str:
         figure = Figure(figsize=(6.4, 3.0), layout="constrained")
         axes = figure.subplots()
         for row in rows:
-            style = styles[row["encoder"]]
-            axes.plot(row["images"], _floats(row["values"]), color=style.colour, marker="o", ms=2.5, lw=1.6)
+            axes.plot(row["images"], _floats(row["values"]), ms=3, **styles[row["encoder"]].line)
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set(xlabel="images seen while fine-tuning", ylabel="AUROC of validation patients")
@@ -167,9 +175,9 @@ def forest(rows: Rows, marked: Rows, *, axis: str) -> str:
         axes = figure.subplots()
         axes.axvline(0, color=_SOFT, lw=1)
         for place, row in enumerate(rows):
-            colour, marker = (_RED, "D") if row in marked else (_INK, "o")
+            colour, marker = _RED if row.get("verdict") == "worse" else _INK, "D" if row in marked else "o"
             low, middle, high = _floats([row["low"], row["difference"], row["high"]])
-            note = f"{gap(row)} {row['verdict']}" + ", gains least" * (row in marked)
+            note = f"{gap(row)} {row.get('verdict') or ''}" + ", gains least" * (row in marked)
             axes.plot([low, high], [place, place], color=colour, lw=1.6)
             axes.plot([middle], [place], marker, color=colour, ms=6)
             axes.text(1.02, place, note, transform=axes.get_yaxis_transform(), va="center", color=colour)
@@ -179,14 +187,12 @@ def forest(rows: Rows, marked: Rows, *, axis: str) -> str:
         return _svg(figure, f"{axis}: the difference with its 95 % interval, one line a site")
 
 
-def gap(row: Mapping[str, Any]) -> str:
-    """Word a difference with its interval."""
-    return f"{signed(row['difference'])} [{signed(row['low'])}, {signed(row['high'])}]"
-
-
-def signed(value: float | None) -> str:
-    """Word a difference."""
-    return "?" if value is None else f"{value:+.3f}"
+def _apart(shares: Sequence[float]) -> list[float]:
+    """Choose the ticks whose words do not run into each other, from all labels downwards; ``shares`` rise."""
+    room, kept = 0.1 * math.log(1.25 * shares[-1] / (0.8 * shares[0])), [shares[-1]]
+    for share in reversed(shares):
+        kept += [share] if math.log(kept[-1] / share) > room else []
+    return kept
 
 
 def _labelled(row: Mapping[str, Any]) -> str:
@@ -203,17 +209,15 @@ def limits_of(rows: Rows) -> tuple[float, float]:
 
 
 def _lines(axes: Axes, rows: Rows, styles: Mapping[str, Style], x: str, *, band: float = 0.10) -> None:
-    """Draw one line with its band for each encoder; of many lines thin ones have none. The first is drawn last."""
+    """Draw one line for each encoder; many lines have no bands. The first is drawn last."""
     present = {row["encoder"] for row in rows}
     for name in reversed([name for name in styles if name in present]):
         line = sorted((row for row in rows if row["encoder"] == name), key=lambda row: float(row[x]))
-        places, style = [row[x] for row in line], styles[name]
+        places, drawing = [row[x] for row in line], styles[name].line
         value, low, high = (_floats([row[key] for row in line]) for key in ("value", "low", "high"))
-        dashes = "--" if style.dashed else "-"
-        if not style.thin or len(present) <= _MOST_BANDS:
-            axes.fill_between(places, low, high, color=style.colour, alpha=band, lw=0)
-        width = 2.4 if style.number == 0 else (1.0 if style.thin else 1.6)
-        axes.plot(places, value, dashes, marker="o", ms=3, color=style.colour, lw=width)
+        if banded(present):
+            axes.fill_between(places, low, high, color=drawing["color"], alpha=band, lw=0)
+        axes.plot(places, value, ms=3.5, **drawing)
 
 
 def _floats(values: Iterable[float | None]) -> list[float]:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +11,13 @@ import torch
 from fedssl import progress
 from fedssl.checkpoint import load_tensors, save_tensors
 from fedssl.data.cache import ImageStore
+from fedssl.evaluation.calibration import prior_of
 from fedssl.evaluation.finetune import Recipe, finetune, predict
 from fedssl.evaluation.protocol import Cell
-from fedssl.evaluation.subsets import nested_label_subsets
+from fedssl.evaluation.subsets import distinct_fractions, nested_label_subsets
 from fedssl.evaluation.task import Task
 from fedssl.evidence.encoders import Encoder
+from fedssl.evidence.frozen import task_key
 
 FINE_TUNED = {"all": "fine-tuned", "last": "last layers"}
 
@@ -80,21 +82,25 @@ def finetuned_cells(
         store: the images.
         task: labels and splits.
         tuning: how.
-        name: of the task, under which fits are kept.
+        name: of the task, for people.
         fractions: of the training patients that have labels.
         seeds: of the subsets, of validation patients and of training.
 
     Yields:
         For each encoder, recipe and share the predictions, and the validation curves where all labels are used.
     """
-    subsets = nested_label_subsets(task, fractions, seeds=seeds)
+    subsets, fractions = (
+        nested_label_subsets(task, fractions, seeds=seeds),
+        distinct_fractions(task, fractions, seeds=seeds),
+    )
+    what = task_key(store, task)
     total, done = len(encoders) * len(tuning.recipes) * len(fractions) * seeds, 0
     for encoder in encoders:
         for part, recipe in tuning.recipes.items():
             for fraction in fractions:
                 fits = []
                 for seed in range(seeds):
-                    key = f"{name}/{_weights(encoder)}/{part}/{fraction}/{seed}"
+                    key = f"{what}/{_weights(encoder)}/{tuning.flip}/{asdict(recipe)}/{fraction}/{seed}"
                     path = tuning.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
                     if not path.exists():
                         fit = _fit(encoder, store, task, subsets[fraction, seed], recipe, seed=seed, flip=tuning.flip)
@@ -102,13 +108,15 @@ def finetuned_cells(
                     fits.append(_load(path))
                     done += 1
                     progress.publish(progress.Done(f"models fine-tuned for {name}", done, total))
-                cell = Cell(encoder.name, FINE_TUNED[part], fraction, [fit.predicted for fit in fits])
+                priors = [prior_of(task.targets.take(subsets[fraction, seed])) for seed in range(seeds)]
+                cell = Cell(encoder.name, FINE_TUNED[part], fraction, [fit.predicted for fit in fits], priors)
                 whole = fraction == max(fractions) and part == "all"
                 yield cell, [Curve(encoder.name, s, f.images, f.values) for s, f in enumerate(fits) if whole]
 
 
 def _weights(encoder: Encoder) -> str:
-    return str(encoder.identity.get("sha256", encoder.arm.kind))
+    """Name the weights that a fit starts from: their hash, or the architecture that random ones are drawn for."""
+    return str(encoder.identity.get("sha256") or f"{encoder.arm.kind} {encoder.identity['drawn']}")
 
 
 def _fit(

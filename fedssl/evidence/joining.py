@@ -67,13 +67,12 @@ def left_out_rows(
         if task is None or UNSEEN not in task.tests:
             rows.append({"task": name, "site": site, "variant": without.arm.variant, "reason": "it has too few labels"})
             continue
-        same = [e for e in chosen(encoders, FEDERATED) if e.arm.variant == without.arm.variant]
-        others = [*chosen(encoders, SCRATCH), *same]
-        features = {e.name: embed(e.module, store, task.rows, edge=e.edge) for e in [without, *others]}
+        both = [without, *chosen(encoders, SCRATCH)]
+        features = {e.name: embed(e.module, store, task.rows, edge=e.edge) for e in both}
         values = _aurocs(task, features, UNSEEN, resamples)
         row: dict[str, Any] = {"task": name, "site": site, "variant": without.arm.variant} | _counts(task, UNSEEN)
         row |= _gap(values[without.name], values[_NOTHING], "without", "no_pretraining", row["test_patients"])
-        rows += [row | {"with": float(values[e.name][0])} for e in others if e.arm.kind == FEDERATED]
+        rows.append(row)
     return rows
 
 

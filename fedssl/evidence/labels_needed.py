@@ -1,6 +1,6 @@
 """One task of a study: every encoder with every share of the labels, in domain, unseen, and with own labels."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -52,6 +52,7 @@ class Measured:
         cells: predictions.
         curves: validation during fine-tuning with all labels.
         patients: tested in each domain.
+        notes: what could not be done, and why.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Measured:
     cells: list[Cell] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     patients: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def measure(
@@ -77,6 +79,10 @@ def measure(
     measured = Measured(name, task, features)
     _add(measured, name, encoders, store, task, shares, tuning)
     own = held_back(task, shares.unseen_test)
+    if own is None and UNSEEN in task.tests:
+        measured.notes.append(
+            f"{name}: the unseen sites have too few labelled patients to train with their own labels."
+        )
     if own is not None:
         own = replace(own, tests={OWN_LABELS: own.tests[UNSEEN]})
         _add(measured, f"{name}, {OWN_LABELS}", encoders, store, own, shares, tuning)
@@ -146,26 +152,47 @@ def delong_rows(measured: Measured, encoders: Sequence[Encoder]) -> list[dict[st
 
 
 def reduction_rows(measured: Measured, encoders: Sequence[Encoder]) -> list[dict[str, Any]]:
-    """How many times fewer labels a federated encoder needs than a baseline that has them all (REMEDIS)."""
-    fractions = sorted({key[2] for key in measured.values})
-    domains = list(dict.fromkeys(key[3] for key in measured.values))
-    baselines = [(e.name, _TUNED) for e in chosen(encoders, SCRATCH, NATURAL)]
-    baselines += [(e.name, _LINEAR) for e in chosen(encoders, ALONE)]
+    """How many times fewer labels a federated encoder needs than a baseline that has them all (REMEDIS).
+
+    The baselines: no pretraining and natural images, each in its better use (linear or fine-tuned), and every site
+    alone by a linear probe. Shares are those that were really labelled.
+    """
     rows = []
     for encoder in chosen(encoders, FEDERATED):
-        for domain in domains:
-            for other, used in baselines:
-                for probe in (_LINEAR, _TUNED) if used == _TUNED else (used,):
-                    keys = [(encoder.name, probe, fraction, domain) for fraction in fractions]
-                    base = (other, used, fractions[-1], domain)
-                    if base in measured.values and all(key in measured.values for key in keys):
+        for domain, shares in _shares(measured).items():
+            for other, used in _baselines(measured, encoders, domain):
+                for probe in (_LINEAR,) if used[1] == ALONE else (_LINEAR, _TUNED):
+                    keys = [(encoder.name, probe, fraction, domain) for fraction in shares]
+                    if all(key in measured.values for key in keys):
                         curve = np.stack([measured.values[key] for key in keys])
-                        found = label_reduction(curve, measured.values[base], fractions)
+                        base = measured.values[other, used[0], max(shares), domain]
+                        found = label_reduction(curve, base, list(shares.values()), measured.patients[domain])
                         rows.append(
                             {"task": measured.name, "encoder": encoder.name, "probe": probe, "baseline": other,
-                             "baseline_probe": used, "domain": domain, **asdict(found), "text": found.text()}
+                             "baseline_probe": used[0], "domain": domain, **asdict(found), "text": found.text()}
                         )  # fmt: skip
     return rows
+
+
+def _shares(measured: Measured) -> dict[str, dict[float, float]]:
+    """The share that was really labelled, by domain and nominal fraction, in ascending order."""
+    shares: dict[str, dict[float, float]] = {}
+    for score in sorted(measured.scores, key=lambda score: score.fraction):
+        shares.setdefault(score.domain, {})[score.fraction] = score.share
+    return shares
+
+
+def _baselines(measured: Measured, encoders: Sequence[Encoder], domain: str) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Give each baseline with how it is used, with all labels, and its kind."""
+    for encoder in chosen(encoders, SCRATCH, NATURAL, ALONE):
+        uses = (_LINEAR,) if encoder.arm.kind == ALONE else (_LINEAR, _TUNED)
+        known = {
+            use: float(values[0])
+            for (name, use, fraction, place), values in measured.values.items()
+            if (name, fraction, place) == (encoder.name, 1.0, domain) and use in uses
+        }
+        if known:
+            yield encoder.name, (max(known, key=lambda use: known[use]), encoder.arm.kind)
 
 
 def convergence_rows(measured: Measured) -> list[dict[str, Any]]:

@@ -8,16 +8,14 @@ import jinja2
 
 from fedssl.evaluation.protocol import AUROC
 from fedssl.evaluation.task import IN_DOMAIN, UNSEEN
-from fedssl.evidence import figures
-from fedssl.evidence.encoders import FEDERATED, SCRATCH, Arm
-from fedssl.evidence.figures import Rows, Style
-from fedssl.evidence.fits import FINE_TUNED
+from fedssl.evidence import cards, figures
+from fedssl.evidence.cards import LINEAR, TUNED, Rows, drawn, few_and_all, pivot
+from fedssl.evidence.figures import Style
 from fedssl.evidence.joining import worst_site
 from fedssl.evidence.labels_needed import OWN_LABELS
 from fedssl.storage import atomic_file
 
 PAGE = "study.html"
-_NOTHING, _TUNED, _LINEAR = Arm(SCRATCH).name, FINE_TUNED["all"], "linear"
 _PLACES = {
     IN_DOMAIN: "sites that took part",
     UNSEEN: "unseen sites, labels of the others",
@@ -54,20 +52,19 @@ def write_page(folder: Path, results: Mapping[str, Any]) -> Path:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {
-        "number": _number,
-        "gap": figures.gap,
-        "signed": figures.signed,
-        "p": _p,
-        "place": _place,
-        "factor": _factor,
-    }
+        "number": _number, "gap": cards.gap, "signed": cards.signed, "p": _p, "place": _place, "factor": _factor,
+        "labelled": cards.labelled, "banded": figures.banded,
+    }  # fmt: skip
+    results = cards.with_shares(results)
     styles = figures.styles_of(results["arms"], results["scores"])
     page = environment.get_template("study.html.j2").render(
         title=folder.resolve().name,
         results=results,
         styles=styles,
-        answers=[{"task": task, "cards": _cards(task["task"], results)} for task in results["tasks"]],
-        told=_told(results),
+        answers=[_answer(task, results, styles) for task in results["tasks"]],
+        told=cards.told(results),
+        collapsed=cards.collapsed(results),
+        notes=[note for note in results.get("notes", []) if note not in results["limits"]],
         chapters=[_chapter(task, results, styles) for task in results["tasks"]],
     )
     with atomic_file(folder / PAGE, "the page of the study") as stream:
@@ -95,36 +92,13 @@ def _factor(times: float | None, at_least: bool = False) -> str:  # noqa: FBT001
     return "≥ " * at_least + f"{times:.1f}".removesuffix(".0") if times > 0 else "not reached"
 
 
-def _cards(task: str, results: Mapping[str, Any]) -> Rows:
-    """Pick what is shown in large letters: the study's own federated encoder against no pretraining, in domain."""
-    own = {arm["encoder"] for arm in results["arms"] if arm["kind"] == FEDERATED and not arm["variant"]}
-    rows = {
-        row["probe"]: row
-        for row in results["reductions"]
-        if row["encoder"] in own and (row["task"], row["baseline"], row["domain"]) == (task, _NOTHING, IN_DOMAIN)
+def _answer(task: Mapping[str, Any], results: Mapping[str, Any], styles: Styles) -> dict[str, Any]:
+    name = task["task"]
+    return {
+        "task": task,
+        "cards": cards.cards(name, results),
+        "which": cards.which_pretraining(name, results, styles),
     }
-    return [rows[probe] | {"state": _state(rows[probe])} for probe in (_TUNED, _LINEAR) if probe in rows]
-
-
-def _state(row: Mapping[str, Any]) -> str:
-    """Say what the interval allows to say, as a word that the page explains."""
-    if row["times"] is None or row["low"] is None:
-        return "unknown"
-    if row["times"] == 0:
-        return "missed"
-    if row["low"] <= 1:
-        return "uncertain" if row["low"] == 0 else "even"
-    return "shown" if row["grid"] else "unsteady"
-
-
-def _told(results: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Sort the sentences: alarms, the many comparisons with other encoders, all the rest."""
-    against = tuple({f"{row['task']}: {row['encoder']} against {row['other']}," for row in results["differences"]})
-    told: dict[str, list[str]] = {"alarms": [], "against": [], "main": []}
-    for sentence in results["sentences"]:
-        kind = "against" if sentence.startswith(against) else "main"
-        told["alarms" if sentence.startswith("Alarm,") else kind].append(sentence)
-    return told
 
 
 def _chapter(task: Mapping[str, Any], results: Mapping[str, Any], styles: Styles) -> dict[str, Any]:
@@ -132,11 +106,13 @@ def _chapter(task: Mapping[str, Any], results: Mapping[str, Any], styles: Styles
     own: dict[str, Rows] = {
         section: [row for row in results[section] if row["task"] == task["task"]] for section in _SECTIONS
     }
-    lines = figures.drawn(_values(own["convergence"], "encoder"), results["arms"])
+    chosen = drawn(_values(own["scores"], "encoder"), results["arms"])  # the same in every figure
+    goals = cards.goals(task["task"], results)
+    lines = [name for name in _values(own["convergence"], "encoder") if name in chosen]
     curves = [row for row in own["convergence"] if row["encoder"] in lines]
     return {
         "task": task,
-        "efficiency": [_efficiency(own["scores"], results["arms"], styles, probe) for probe in (_LINEAR, _TUNED)],
+        "efficiency": [_efficiency(own["scores"], chosen, goals, styles, probe) for probe in (LINEAR, TUNED)],
         "joining": _gains(own["joining"], "federated less alone", worst=True),
         "left_out": _gains(own["left_out"], "encoder of the others less no pretraining", worst=False),
         "comparisons": _comparisons(own["differences"], styles),
@@ -146,7 +122,7 @@ def _chapter(task: Mapping[str, Any], results: Mapping[str, Any], styles: Styles
             "figure": figures.convergence(curves, styles) if curves else "",
             "lines": _in_order(lines, styles),
         },
-        "robustness": [_robustness(own["robustness"], domain, results["arms"], styles)
+        "robustness": [_robustness(own["robustness"], domain, chosen, styles)
                        for domain in _values(own["robustness"], "domain")],
         "shortcuts": own["shortcuts"],
         "tables": {title: _by_domain(own["scores"], metric, styles) for metric, title in _METRICS.items()},
@@ -161,16 +137,13 @@ def _in_order(names: Iterable[str], styles: Styles) -> list[str]:
     return sorted(names, key=list(styles).index)
 
 
-def _efficiency(scores: Rows, arms: Rows, styles: Styles, probe: str) -> dict[str, Any]:
+def _efficiency(
+    scores: Rows, chosen: Sequence[str], goals: Mapping[str, float], styles: Styles, probe: str
+) -> dict[str, Any]:
     """Draw one panel a domain; all share the AUROC axis."""
     rows = [row for row in scores if (row["metric"], row["probe"]) == (AUROC, probe)]
-    lines = figures.drawn(_values(rows, "encoder"), arms)
-    shown = [row for row in rows if row["encoder"] in lines]
-    goals = {
-        row["domain"]: row["value"]
-        for row in scores
-        if (row["metric"], row["probe"], row["encoder"], row["fraction"]) == (AUROC, _TUNED, _NOTHING, 1.0)
-    }
+    shown = [row for row in rows if row["encoder"] in chosen]
+    lines = _values(shown, "encoder")
     panels = [
         figures.efficiency(
             [row for row in shown if row["domain"] == domain], styles, title=_place(domain).capitalize(),
@@ -182,10 +155,10 @@ def _efficiency(scores: Rows, arms: Rows, styles: Styles, probe: str) -> dict[st
     return {"probe": probe, "panels": panels, "lines": _in_order(lines, styles), "left": left, "goal": bool(goals)}
 
 
-def _robustness(rows: Rows, domain: str, arms: Rows, styles: Styles) -> dict[str, Any]:
+def _robustness(rows: Rows, domain: str, chosen: Sequence[str], styles: Styles) -> dict[str, Any]:
     """Draw one panel a kind of change in one domain, and tabulate the mean drops."""
     here = [row for row in rows if row["domain"] == domain]
-    lines = figures.drawn(_values(here, "encoder"), arms)
+    lines = [name for name in _values(here, "encoder") if name in chosen]
     shown = [row for row in here if "level" in row and row["encoder"] in lines]
     panels = [
         figures.robustness(
@@ -194,7 +167,7 @@ def _robustness(rows: Rows, domain: str, arms: Rows, styles: Styles) -> dict[str
         )
         for kind in _values(shown, "kind")
     ]  # fmt: skip
-    drops = _pivot([row for row in here if "drop" in row], ["encoder"], ["kind"], styles)
+    drops = pivot([row for row in here if "drop" in row], ["encoder"], ["kind"], styles)
     return {"domain": domain, "panels": panels, "lines": _in_order(lines, styles), "drops": drops}
 
 
@@ -213,35 +186,20 @@ def _gains(rows: Rows, axis: str, *, worst: bool) -> dict[str, Any]:
 
 def _comparisons(rows: Rows, styles: Styles) -> list[dict[str, Any]]:
     """One table for each encoder and probe; columns are domains with about a tenth of the labels and with all."""
-    tables, domains = [], _values(rows, "domain")
+    tables = []
     for encoder in _values(rows, "encoder"):
         for probe in _values([row for row in rows if row["encoder"] == encoder], "probe"):
-            own = [row for row in rows if (row["encoder"], row["probe"]) == (encoder, probe)]
-            tenth = min(_values(own, "fraction"), key=lambda share: abs(share - 0.1))
-            shown = [row for row in own if row["fraction"] in {tenth, 1.0}]
-            shown.sort(key=lambda row: (domains.index(row["domain"]), row["fraction"]))
-            table = _pivot(shown, ["other"], ["domain", "fraction"], styles)
+            shown = few_and_all([row for row in rows if (row["encoder"], row["probe"]) == (encoder, probe)])
+            table = pivot(shown, ["other"], ["domain", "share", "labelled_patients"], styles)
             tables.append(table | {"encoder": encoder, "probe": probe})
     return tables
 
 
 def _by_domain(scores: Rows, metric: str, styles: Styles) -> dict[str, Any]:
     """One table for each domain of one figure of merit, by encoder, probe and share of the labels."""
-    rows = sorted((row for row in scores if row["metric"] == metric), key=lambda row: float(row["fraction"]))
-    line, column = ["encoder", "probe"], ["fraction", "labelled_patients"]
+    rows = sorted((row for row in scores if row["metric"] == metric), key=lambda row: float(row["share"]))
+    line, column = ["encoder", "probe"], ["share", "labelled_patients"]
     return {
-        domain: _pivot([row for row in rows if row["domain"] == domain], line, column, styles)
+        domain: pivot([row for row in rows if row["domain"] == domain], line, column, styles)
         for domain in _values(rows, "domain")
     }
-
-
-def _pivot(rows: Rows, line: Sequence[str], column: Sequence[str], styles: Styles) -> dict[str, Any]:
-    """Make a table of rows: the columns, and for each line its cells, None where there is no such row.
-
-    Lines are ordered by their encoder as legends are.
-    """
-    cells = {(tuple(row[key] for key in line), tuple(row[key] for key in column)): row for row in rows}
-    columns = list(dict.fromkeys(column for _, column in cells))
-    names = sorted(dict.fromkeys(key for key, _ in cells), key=lambda key: list(styles).index(str(key[0])))
-    lines = {key: [cells.get((key, column)) for column in columns] for key in names}
-    return {"columns": columns, "lines": lines}

@@ -13,62 +13,87 @@ _PLACES = {
 
 
 def sentences(results: Mapping[str, Any]) -> list[str]:
-    """Say the result of every question; the first sentences are those a board asks for."""
+    """Say the result of every question; alarms first, then what a board asks for."""
     return [
-        *_labels_saved(results["reductions"]), *_against(results), *_joining(results["joining"]),
-        *_left_out(results["left_out"]), *_sooner(results["convergence"]), *_shortcuts(results["shortcuts"]),
+        *_alarms(results), *_labels_saved(results["reductions"]), *_joining(results["joining"]), *_against(results),
+        *_left_out(results["left_out"]), *_sooner(results["convergence"]),
     ]  # fmt: skip
+
+
+def _alarms(results: Mapping[str, Any]) -> Iterator[str]:
+    for arm in results["arms"]:
+        if arm.get("collapse"):
+            yield (
+                f"Alarm: the encoder {arm['encoder']} showed signs of collapse in its last round "
+                f"({'. '.join(arm['collapse'])}); its figures say little."
+            )
+    yield from _shortcuts(results["shortcuts"])
 
 
 def _labels_saved(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for row in rows:
-        if row["probe"] != row["baseline_probe"] or (
-            row["baseline_probe"] == "linear" and row["domain"] != "in domain"
-        ):
+        nothing = row["baseline"] == "no pretraining"
+        if row["domain"] != "in domain" and not nothing:
             continue
-        other = "training without pretraining" if row["baseline"] == "no pretraining" else row["baseline"]
+        other = f"{row['baseline']}{' at its best' if nothing else ''} ({row['baseline_probe']}) with all labels"
         yield (
-            f"{row['task']}: to do as well as {other} with all labels, {_place(row['domain'])}, the {row['encoder']} "
-            f"encoder, {row['probe']}: {row['text']}; counting only measured shares from which on it holds: "
-            f"{_times(row['grid'])}."
+            f"{row['task']}: to do as well as {other}, {_place(row['domain'])}, the {row['encoder']} encoder "
+            f"({row['probe']}) needs {row['text']}; at measured shares only: {_times(row['grid'])}."
         )
 
 
 def _against(results: Mapping[str, Any]) -> Iterator[str]:
-    """Compare with no pretraining, natural images and pooled: linear probe, all labels and about a tenth of them."""
-    shares = sorted({row["fraction"] for row in results["differences"]})
-    shown = {1.0, min(shares, key=lambda share: abs(share - 0.1))} if shares else set()
-    encoders = {arm["encoder"] for arm in results["arms"] if arm["kind"] in {"scratch", "natural", "pooled"}}
+    """Compare with no pretraining, natural images, pooled and other pretrainings: linear probe, all and few labels."""
+    variants = {arm["encoder"]: arm for arm in results["arms"]}
+    shares = {
+        (s["task"], s["domain"], s["fraction"]): s["share"] for s in results["scores"] if s["encoder"] in variants
+    }
     for row in results["differences"]:
-        if row["probe"] == "linear" and row["fraction"] in shown and row["other"] in encoders:
+        own, other = variants[row["encoder"]], variants.get(row["other"])
+        if other is None or row["probe"] != "linear" or not _worth(own, other):
+            continue
+        places = {f: s for (task, d, f), s in shares.items() if (task, d) == (row["task"], row["domain"])}
+        if row["fraction"] in {1.0, min(places, key=lambda f: abs(places[f] - 0.1))}:
             yield (
                 f"{row['task']}: {row['encoder']} against {row['other']}, linear probe with "
-                f"{100 * row['fraction']:g} % of the labels {_place(row['domain'])}: AUROC {_gap(row)}: "
+                f"{100 * places[row['fraction']]:.3g} % of the labels {_place(row['domain'])}: AUROC {_gap(row)}: "
                 f"{row['verdict']}."
             )
 
 
+def _worth(own: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Tell whether a comparison answers a question: same pretraining or none, or two federated pretrainings once."""
+    if other["kind"] == "federated":
+        return own["variant"] == ""
+    return other["kind"] in {"scratch", "natural"} or (other["kind"] == "pooled" and other["variant"] == own["variant"])
+
+
 def _joining(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for row in rows:
+        who = f"{row['task']}: {row['site']}{_variant(row)}"
         if "reason" in row:
-            yield f"{row['task']}: what {row['site']} gains by joining cannot be told: {row['reason']}."
+            yield f"{who}: what it gains by joining cannot be told: {row['reason']}."
         else:
             yield (
-                f"{row['task']}: {row['site']} by joining, own labels, own {row['test_patients']} test patients: AUROC "
+                f"{who} by joining, own labels, own {row['test_patients']} test patients: AUROC "
                 f"{row['federated']:.3f} in place of {row['alone']:.3f}, {_gap(row)}: {row['verdict']}."
             )
     for row in worst_site(rows):
-        yield f"{row['task']}: {row['site']} gains least by joining ({_gap(row)})."
+        yield f"{row['task']}: {row['site']}{_variant(row)} gains least by joining ({_gap(row)})."
+
+
+def _variant(row: Mapping[str, Any]) -> str:
+    return f" ({row['variant']})" if row["variant"] else ""
 
 
 def _left_out(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for row in rows:
         if "reason" in row:
-            yield f"{row['task']}: without {row['site']} nothing can be said of it: {row['reason']}."
+            yield f"{row['task']}: nothing can be said of {row['site']} left out{_variant(row)}: {row['reason']}."
         else:
             yield (
-                f"{row['task']}: for {row['site']}, which then took no part, encoder and labels of the others give "
-                f"AUROC {row['without']:.3f}; without pretraining {row['no_pretraining']:.3f}, {_gap(row)}: "
+                f"{row['task']}: for {row['site']}{_variant(row)}, which took no part, encoder and labels of the "
+                f"others give AUROC {row['without']:.3f}; without any {row['no_pretraining']:.3f}, {_gap(row)}: "
                 f"{row['verdict']}."
             )
 
@@ -113,11 +138,11 @@ def limits(results: Mapping[str, Any]) -> list[str]:
     ]
     if small:
         texts.append(f"Few test patients make wide intervals ({'; '.join(small)}).")
-    return missing + texts
+    return missing + list(results["notes"]) + texts
 
 
 def _times(grid: float) -> str:
-    return f"{grid:.3g} times" if grid else "none"
+    return "not reached" if not grid else (f"{grid:.3g} times fewer" if grid > 1 else "as many")
 
 
 def _place(domain: str) -> str:

@@ -1,30 +1,23 @@
 """From a study's configuration to its tasks and rules, and the hash that freezes them."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from fedssl import __version__
 from fedssl.build import build_views
-from fedssl.build_images import chosen_sites, training_digest
-from fedssl.config import Config, fingerprint
+from fedssl.build_images import chosen_sites
+from fedssl.config import Config
 from fedssl.data.cache import ImageStore
 from fedssl.data.labels import label_table
 from fedssl.data.splits import test_mask
-from fedssl.errors import ConfigError, DataError
+from fedssl.errors import DataError
 from fedssl.evaluation.finetune import Recipe
 from fedssl.evaluation.subsets import rehearsal
 from fedssl.evaluation.task import Question, Task, make_task
 from fedssl.evidence.fits import Tuning
+from fedssl.evidence.frozen import labels_path
 from fedssl.evidence.labels_needed import Shares
-from fedssl.storage import write_json
-
-PROTOCOL = "protocol.json"
-_NOT_FROZEN = ("encoders", "natural_weights")  # paths; the weights' own hash counts
 
 
 def questions_of(config: Config) -> dict[str, Question]:
@@ -36,11 +29,6 @@ def questions_of(config: Config) -> dict[str, Question]:
 
 def _title(label: str | Sequence[str]) -> str:
     return label if isinstance(label, str) else " + ".join(label)
-
-
-def labels_path(config: Config) -> Path | None:
-    """Return the label file, or None for the labels of the index."""
-    return Path(config["evaluation"]["labels"]) if config["evaluation"]["labels"] else None
 
 
 def task_of(
@@ -99,53 +87,7 @@ def tuning_of(config: Config, folder: Path) -> Tuning:
     """
     node = dict(config["study"]["finetune"])
     kinds, parts = node.pop("arms"), node.pop("parts")
-    return Tuning({part: Recipe(part=part, **node) for part in parts}, kinds, build_views(config).changes.flip, folder)
-
-
-def freeze(config: Config, store: ImageStore, folder: Path) -> str:
-    """Write the protocol before anything is trained, or check that it is still the same; returns its hash.
-
-    Raises:
-        ConfigError: the folder holds a study with another protocol.
-    """
-    settings = _frozen(config, store)
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    path = folder / PROTOCOL
-    if not path.exists():
-        write_json(path, {"sha256": digest, "settings": settings}, "the protocol")
-        return digest
-    known = json.loads(path.read_text(encoding="utf-8"))
-    if known["sha256"] != digest:
-        moved = sorted(name for name in settings if settings[name] != known["settings"].get(name))
-        raise ConfigError(
-            f"The study in {folder.name} was frozen as {known['sha256'][:12]}, and this command differs in "
-            f"{', '.join(moved)}. Give the same settings, or make another study with name=NAME."
-        )
-    return digest
-
-
-def _frozen(config: Config, store: ImageStore) -> dict[str, Any]:
-    weights, labels = config["study"]["natural_weights"], labels_path(config)
-    return {
-        "version": __version__,
-        "pretraining": fingerprint(config),
-        "training_images_sha256": training_digest(config, store),
-        "labels_sha256": _hash(labels) if labels else _labels_of_index(store),
-        "natural_weights_sha256": _hash(Path(weights)) if weights else "",
-        "study": {name: value for name, value in config["study"].items() if name not in _NOT_FROZEN},
-        "evaluation": {name: value for name, value in config["evaluation"].items() if name != "labels"},
-    }
-
-
-def _hash(path: Path) -> str:
-    if not path.exists():
-        raise DataError("A file of the study is not there. Check evaluation.labels and study.natural_weights.")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _labels_of_index(store: ImageStore) -> str:
-    pairs = zip(store.column("digest").tolist(), store.column("label").tolist(), strict=True)
-    return hashlib.sha256(b"\0".join(digest + str(label).encode() for digest, label in sorted(pairs))).hexdigest()
+    return Tuning({part: Recipe(part=part, **node) for part in parts}, kinds, build_views(config).flip, folder)
 
 
 def sites_and_patients(store: ImageStore, config: Config) -> dict[str, int]:

@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from fedssl.data.cache import ImageStore
 from fedssl.evaluation.statistics import holm
 from fedssl.evaluation.targets import Targets
 from fedssl.evidence.encoders import (
+    ALONE,
     FEDERATED,
     NATURAL,
     POOLED,
@@ -28,6 +29,7 @@ from fedssl.evidence.encoders import (
 from fedssl.evidence.joining import benefit_rows, left_out_rows
 from fedssl.evidence.labels_needed import (
     Measured,
+    Shares,
     convergence_rows,
     delong_rows,
     difference_rows,
@@ -44,6 +46,7 @@ from fedssl.storage import atomic_file, write_json
 RESULTS, TABLE, FITS = "study.json", "study.csv", "fits"
 _LEVEL = 0.05  # of p after Holm's correction
 _LEAST_PATIENTS = 5  # a bootstrap of fewer says nothing
+_UNEQUAL = 0.02
 Rows = list[dict[str, Any]]
 
 
@@ -66,25 +69,22 @@ def run_study(config: Config, store: ImageStore, arms: Sequence[Arm], folder: Pa
     compared = [encoder for encoder in encoders if encoder.arm.kind != WITHOUT]
     shares, tuning = shares_of(config), tuning_of(config, folder / FITS)
     rows: dict[str, Rows] = {name: [] for name in _SECTIONS}
-    tasks = tasks_of(config, store)
+    tasks, notes = tasks_of(config, store), list(unequal(encoders))
     for name, task in tasks.items():
         progress.publish(progress.Note(f"Task {name}: {len(task.rows)} labelled images"))
         measured = measure(name, compared, store, task, shares, tuning)
+        notes += measured.notes
         for section, found in _effects(config, store, measured, encoders, shares.resamples).items():
             rows[section] += found
     rows["differences"] = judged(rows["differences"], "encoder", "other", "probe", "fraction", "domain")
     rows["joining"] = judged(rows["joining"], "site", "variant")
     rows["left_out"] = judged(rows["left_out"], "site", "variant")
-    results: dict[str, Any] = {
+    results = {
         "protocol": protocol,
-        "synthetic": (Path(config["data"]["root"]) / "synthetic.json").exists(),
-        "on": config["evaluation"]["patients"],
-        "sites": sites_and_patients(store, config),
-        "unseen_sites": config["data"]["unseen_sites"],
-        "seeds": shares.seeds,
-        "resamples": shares.resamples,
+        **_facts(config, store, shares),
         "arms": [_arm_row(arm, encoders) for arm in arms],
         "tasks": [_task_row(name, task.targets, task) for name, task in tasks.items()],
+        "notes": notes,
         **rows,
     }
     results["sentences"], results["limits"] = sentences(results), limits(results)
@@ -92,6 +92,17 @@ def run_study(config: Config, store: ImageStore, arms: Sequence[Arm], folder: Pa
     write_json(folder / RESULTS, plain, "the study")
     _write_table(folder / TABLE, plain["scores"])
     return plain
+
+
+def _facts(config: Config, store: ImageStore, shares: Shares) -> dict[str, Any]:
+    return {
+        "synthetic": (Path(config["data"]["root"]) / "synthetic.json").exists(),
+        "on": config["evaluation"]["patients"],
+        "sites": sites_and_patients(store, config),
+        "unseen_sites": config["data"]["unseen_sites"],
+        "seeds": shares.seeds,
+        "resamples": shares.resamples,
+    }
 
 
 _SECTIONS = (
@@ -105,8 +116,7 @@ def _effects(
     """Answer every question of the protocol for one task."""
     name, task = measured.name, measured.task
     compared = [encoder for encoder in encoders if encoder.arm.kind != WITHOUT]
-    baselines = ["raw pixels (PCA)", "metadata only"]
-    told = [e.name for e in chosen(encoders, SCRATCH, NATURAL, FEDERATED, POOLED)] + baselines[:1]
+    told = [*(e.name for e in chosen(encoders, SCRATCH, NATURAL, FEDERATED, POOLED)), "raw pixels (PCA)"]
     tried = chosen(encoders, SCRATCH, NATURAL, FEDERATED, POOLED) if config["study"]["robustness"] else []
     question = questions_of(config)[name]
     outside = tasks_without(config, store, question) if chosen(encoders, WITHOUT) else {}
@@ -136,6 +146,15 @@ def judged(rows: Rows, *keys: str) -> Rows:
     return rows
 
 
+def unequal(encoders: Sequence[Encoder]) -> Iterator[str]:
+    """Name encoders that saw other numbers of images than the federated one of the same pretraining."""
+    seen = {e.arm.variant: e.identity["images_seen"] for e in chosen(encoders, FEDERATED)}
+    for encoder in chosen(encoders, POOLED, ALONE, WITHOUT):
+        images, wanted = encoder.identity["images_seen"], seen[encoder.arm.variant]
+        if encoder.arm.kind != WITHOUT and abs(images - wanted) > _UNEQUAL * wanted:
+            yield f"{encoder.name} saw {images:,} images, the federated encoder {wanted:,}: not equal."
+
+
 def _verdict(row: Mapping[str, Any]) -> str:
     if row["test_patients"] < _LEAST_PATIENTS:
         return "too few patients to tell"
@@ -147,7 +166,7 @@ def _verdict(row: Mapping[str, Any]) -> str:
 def _arm_row(arm: Arm, encoders: Sequence[Encoder]) -> dict[str, Any]:
     facts = next((encoder.identity for encoder in encoders if encoder.arm == arm), {})
     own = {"encoder": arm.name, "kind": arm.kind, "site": arm.site, "variant": arm.variant, "missing": arm.missing}
-    return own | facts
+    return own | {name: value for name, value in facts.items() if name != "drawn"}
 
 
 def _task_row(name: str, targets: Targets, task: Any) -> dict[str, Any]:  # noqa: ANN401 - a Task

@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pytest
+from typer.testing import CliRunner
 
-from fedssl import progress
+from fedssl import cli, progress
 from fedssl.config import load
 from fedssl.errors import ConfigError, DataError
 from fedssl.evidence.encoders import Arm
@@ -130,7 +131,7 @@ def test_labels_that_change_after_the_freeze_are_noticed(hospitals, tmp_path):
     overrides = _overrides(root, tmp_path)
     config = load(overrides)
     from fedssl.build_images import open_images
-    from fedssl.evidence.settings import freeze
+    from fedssl.evidence.frozen import freeze
 
     freeze(config, open_images(config), tmp_path)
     (root / "labels.csv").write_text((root / "labels.csv").read_text() + "\n")
@@ -169,7 +170,7 @@ def test_labels_that_do_not_fit_are_said_before_anything_trains(hospitals, tmp_p
         ("study.arms=[federated] study.leave_one_out=true", "needs scratch"),
         ("simulation.partition=iid", "real sites"),
         ("training.local_seconds=5", "how many images"),
-        ("study.finetune.lr=-1", "study.finetune.lr"),
+        ("study.finetune.lr=-1", "finetune.lr"),
         ("study.tasks={a: {lable: x}}", "study.tasks must be"),
         ("study.variants={a: simclr}", "study.variants must be"),
     ],
@@ -227,3 +228,38 @@ def test_p_values_are_corrected_across_tasks_and_wins_below_the_noise_are_ties()
     assert [row.get("p_holm") for row in found[:3]] == pytest.approx([0.04, 0.04, 0.03])
     verdicts = ["better", "better", "better", "tie", "worse", "too few patients to tell", None]
     assert [row.get("verdict") for row in found] == verdicts
+
+
+def test_the_command_prints_the_sentences_and_writes_one_page(done):
+    overrides, folder, results = done
+    told = CliRunner().invoke(cli.app, ["study", *overrides])
+    assert told.exit_code == 0, told.output
+    for sentence in [*results["sentences"], *results["limits"]]:
+        assert " ".join(sentence.split()) in " ".join(told.stdout.split())
+    page = (folder / "study" / "study.html").read_text()
+    assert results["protocol"][:12] in page
+    assert str(folder) not in page
+
+
+def test_a_site_makes_and_uses_its_own_model_by_two_commands(done, hospitals, tmp_path):
+    _, folder, _ = done
+    encoder = next(path for path in (folder / "encoders").iterdir() if path.is_dir())
+    told = CliRunner().invoke(
+        cli.app,
+        ["finetune", str(encoder), "--labels", str(hospitals / "labels.csv"), "--model", str(tmp_path / "model"),
+         "--part", "head", "--next", "3", "finetune.least_steps=2", "finetune.most_steps=3"],
+    )  # fmt: skip
+    assert told.exit_code == 0, told.output
+    assert len((tmp_path / "model" / "next-studies.csv").read_text().splitlines()) <= 4
+    table = tmp_path / "predictions.csv"
+    told = CliRunner().invoke(cli.app, ["predict", str(tmp_path / "model"), str(hospitals), "--output", str(table)])
+    assert told.exit_code == 0, told.output
+    assert len(table.read_text().splitlines()) == len(list(hospitals.rglob("*.dcm"))) + 1
+
+
+def test_a_setting_that_belongs_to_no_model_is_refused(done, hospitals, tmp_path):
+    _, folder, _ = done
+    encoder = next(path for path in (folder / "encoders").iterdir() if path.is_dir())
+    labels, model = str(hospitals / "labels.csv"), str(tmp_path / "model")
+    told = CliRunner().invoke(cli.app, ["finetune", str(encoder), "--labels", labels, "--model", model, "optim.lr=1"])
+    assert (told.exit_code, "no setting here" in told.stderr) == (2, True)

@@ -9,7 +9,8 @@ from html.parser import HTMLParser
 import pytest
 
 from fedssl.evaluation.label_reduction import Reduction
-from fedssl.evidence.figures import drawn, styles_of
+from fedssl.evidence.cards import drawn, few_and_all
+from fedssl.evidence.figures import styles_of
 from fedssl.evidence.report import write_page
 from fedssl.evidence.sentences import limits, sentences
 
@@ -30,7 +31,14 @@ def _arm(encoder, kind, site="", variant="", missing=""):
     own = {"encoder": encoder, "kind": kind, "site": site, "variant": variant, "missing": missing}
     if missing:
         return own
-    facts = {"round": 2, "images_seen": 12345, "sites": [site] if site else ["NORTH", _SITE], "method": "SwAV"}
+    facts = {
+        "folder": f"{encoder.split()[-1]}-ab12",
+        "collapse": [],
+        "round": 2,
+        "images_seen": 12345,
+        "sites": [site] if site else ["NORTH", _SITE],
+        "method": "SwAV",
+    }
     return own | facts | {"fingerprint": "feed", "sha256": "0123456789abcdef" * 4}
 
 
@@ -43,13 +51,13 @@ def _reduction(probe, **changed):
     }  # fmt: skip
 
 
-def _scores(domains=_DOMAINS[:1]):
+def _scores(domains=_DOMAINS):
     metrics = ("auroc", "auprc", "balanced_accuracy", "sensitivity_at_95_specificity", "calibration_error")
     probes = dict.fromkeys(("no pretraining", "federated"), ("linear", "knn", "fine-tuned"))
     probes |= {f"{_SITE} alone": ("linear", "knn"), "raw pixels (PCA)": ("linear",)}
     return [
         {"task": "lesion", "encoder": encoder, "probe": probe, "fraction": share, "labelled_patients": patients,
-         "labelled_images": 2 * patients, "domain": domain, "metric": metric,
+         "labelled_images": 2 * patients, "share": patients / 31, "domain": domain, "metric": metric,
          "value": 0.6 + 0.2 * share + 0.001 * number, "low": 0.5, "high": 0.95}
         for number, metric in enumerate(metrics) for domain in domains for encoder, used in probes.items()
         for probe in used for share, patients in ((0.1, 3), (1.0, 31))
@@ -85,7 +93,7 @@ def _results(**changed):
     place = {"task": "lesion", "encoder": "federated", "places": 2, "low": 0.6, "high": 0.8, "chance": 0.5}
     results = {
         "protocol": "ab12" * 16, "synthetic": True, "on": "validation", "sites": {"NORTH": 40, _SITE: 23},
-        "unseen_sites": ["FAR"], "seeds": 2, "resamples": 200, "arms": arms,
+        "notes": [], "unseen_sites": ["FAR"], "seeds": 2, "resamples": 200, "arms": arms,
         "tasks": [{"task": "lesion", "kind": "binary", "outputs": ["0", "1"], "train_patients": 31, "train_images": 62,
                    "tests": {"in domain": {"images": 30, "patients": 15}}}],
         "scores": _scores(),
@@ -95,13 +103,13 @@ def _results(**changed):
         ],
         "delong": [{"task": "lesion", "encoder": "federated", "other": other, "domain": "in domain",
                     "difference": 0.01, "low": nan, "high": nan, "p": nan} for other in others],
-        "reductions": [_reduction("fine-tuned"), _reduction("linear", times=0.0, low=0.0, grid=0.0)],
+        "reductions": [_reduction("fine-tuned"), _reduction("linear", times=0.0, low=0.0, high=0.0, grid=0.0)],
         "convergence": [curve | {"encoder": "no pretraining", "values": [0.5, 0.6, 0.7]},
                         curve | {"encoder": "federated", "values": [0.5, 0.8, nan], "speed_up": {},
                                  "text": "speed-up of 75.0 % [60.1, 80.2]"}],
         "joining": [_joining("NORTH", 0.2, federated=0.9, alone=0.7), _joining(_SITE, 0.01, federated=0.8, alone=0.79),
                     {"task": "lesion", "site": "TINY", "variant": "", "reason": "too few labelled patients"}],
-        "left_out": [_joining("NORTH", -0.1, without=0.6, no_pretraining=0.7, **{"with": 0.75})],
+        "left_out": [_joining("NORTH", -0.1, without=0.6, no_pretraining=0.7)],
         "shortcuts": [place | {"what": "site", "balanced_accuracy": 0.71, "label_gap": 0.33, "alarm": True},
                       place | {"what": "scanner", "balanced_accuracy": 0.64, "label_gap": 0.02, "alarm": False}],
         "robustness": _robustness(),
@@ -124,7 +132,7 @@ def _words(page):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    return _written(tmp_path_factory.mktemp("page"), _results(scores=_scores(_DOMAINS)))
+    return _written(tmp_path_factory.mktemp("page"), _results(scores=_scores()))
 
 
 class _Tags(HTMLParser):
@@ -182,12 +190,14 @@ def test_heads_of_tables_have_a_scope_and_pictures_a_text(tags):
     assert tags.heads
     assert all("scope" in head for head in tags.heads)
     assert tags.pictures
-    assert all(picture["role"] == "img" and picture["aria-label"] for picture in tags.pictures)
+    shown = [picture for picture in tags.pictures if picture.get("aria-hidden") != "true"]  # the others: in legends
+    assert shown
+    assert all(picture["role"] == "img" and picture["aria-label"] for picture in shown)
 
 
 def test_every_section_stands_on_the_page(page):
     for heading in _HEADINGS:
-        assert re.search(rf"<h[23]>{re.escape(heading)}</h[23]>", page), heading
+        assert re.search(rf"<h[23][^>]*>{re.escape(heading)}</h[23]>", page), heading
 
 
 def test_the_head_names_study_protocol_sites_and_what_the_figures_are_not(page):
@@ -202,28 +212,32 @@ def test_the_answer_stands_in_large_letters_with_interval_and_conservative_figur
     words = _words(page)
     assert "<strong>4.2</strong> times fewer labels" in page
     assert "95 % interval 1.9 to ≥ 10" in words
-    assert "4 times: with 25 % of the labels" in words
-    assert "Shown: the whole interval" in words
+    assert "no pretraining at its best (fine-tuned), all labels" in words
+    assert "at measured shares only: 4 times, as well with 25 % of the labels and with every larger share." in words
+    assert "Better: the whole interval" in words
     assert "<strong>not reached</strong>" in page
     assert "Not reached: with no measured share" in words
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "state", "said"),
     [
-        ({"low": 0.0}, "Not certain: the interval includes “not reached”"),
-        ({"low": 1.0}, "Not certain: the interval includes 1,"),
-        ({"grid": 0.0}, "Not steady: it does as well with few labels"),
-        ({"times": 1.0, "low": 0.0, "grid": 1.0}, "1: it does as well with all labels only"),
-        ({"times": 0.0, "low": 0.0, "high": 0.0, "reached": 0.0}, "Not reached: with no measured share"),
-        ({"times": float("nan"), "low": float("nan"), "grid": float("nan")}, "Not known: too few test patients"),
+        ({"low": 0.0}, "uncertain", "Uncertain: the interval goes from “not reached” to labels saved."),
+        ({"low": 0.0, "times": 0.0, "high": 33.0}, "uncertain", "Best estimate not reached"),
+        ({"low": 1.0}, "even", "Uncertain: the interval goes from 1,"),
+        ({"grid": 0.0}, "unsteady", "Not steady: it does as well with few labels"),
+        ({"times": 1.0, "low": 0.0, "grid": 1.0}, "uncertain", "1, as well with all labels only"),
+        ({"times": 1.0, "low": 0.0, "high": 1.0}, "none", "No labels saved: the interval does not go beyond 1."),
+        ({"times": 0.0, "low": 0.0, "high": 0.0, "reached": 0.0}, "missed", "not reached at both ends"),
+        ({"times": float("nan"), "low": float("nan"), "grid": float("nan")}, "unknown", "too few test patients"),
     ],
 )
-def test_what_is_not_shown_is_said_to_be_not_shown(tmp_path, changed, said):
-    rows = [_reduction("fine-tuned", **changed)]
-    words = _words(_written(tmp_path, _results(reductions=rows)))
-    assert said in words
-    assert "Shown: the whole interval" not in words
+def test_a_card_says_and_shows_only_what_its_whole_interval_allows(tmp_path, changed, state, said):
+    page = _written(tmp_path, _results(reductions=[_reduction("fine-tuned", **changed)]))
+    assert said in _words(page)
+    assert f'<div class="card {state}">' in page
+    assert "Better: the whole interval" not in _words(page)
+    assert ("<strong>cannot be told</strong>" in page) == (state in {"uncertain", "even"})
 
 
 def test_a_study_without_fine_tuning_says_that_the_answer_was_not_measured(tmp_path):
@@ -239,9 +253,9 @@ def test_figures_in_tables_are_those_of_the_rows(page):
     for told in (
         "0.620 [0.500, 0.950]",  # AUROC with a tenth of the labels
         "0.804 [0.500, 0.950]",  # calibration error with all
-        "better +0.123 [+0.073, +0.173], p 0.032",
+        "+0.123 better [+0.073, +0.173], p 0.032",
         "NORTH | 21 | 17 | 0.900 | 0.700 | +0.200 [+0.150, +0.250] | 0.032 | better |",
-        "| 0.600 | 0.700 | 0.750 | -0.100 [-0.150, -0.050] | 0.032 | worse |",
+        "| 0.600 | 0.700 | -0.100 [-0.150, -0.050] | 0.032 | worse |",
         "0.044 [0.010, 0.080]",  # mean drop
         "| 0.71 [0.60, 0.80] | 0.50 | 0.33 | alarm |",
         "+0.010 [?, ?]",  # DeLong's
@@ -269,8 +283,23 @@ def test_alarms_and_missing_encoders_are_told(page):
 def test_every_sentence_and_limit_is_on_the_page(tmp_path):
     results = _results(sites={"NORTH": 40}, joining=[])
     words = _words(_written(tmp_path, results))
-    for sentence in [*results["sentences"], *results["limits"]]:
-        assert sentence in words
+    assert all(sentence in words for sentence in results["limits"])
+    for sentence in results["sentences"]:
+        told = sentence.removeprefix("lesion: ").replace("Alarm, lesion: ", "Alarm: ")
+        assert told[0].upper() + told[1:] in words
+
+
+def test_sentences_stand_under_headings_and_name_the_task_only_where_there_are_several(tmp_path):
+    results = _results()
+    words = _words(_written(tmp_path, results))
+    assert "lesion: to do" not in words
+    headings = ("Labels saved", "What a site gains by joining", "What a site gains that stays outside",
+                "How soon fine-tuning converges", "Alarms")  # fmt: skip
+    part = words[words.index("In words Labels saved") :]
+    assert sorted(headings, key=part.index) == list(headings)
+    assert part.index("To do as well as") < part.index("gains least by joining") < part.index("Fine-tuning federated")
+    results["tasks"].append(results["tasks"][0] | {"task": "edema"})
+    assert "lesion: to do as well as" in _words(_written(tmp_path, results))
 
 
 def test_a_site_with_odd_letters_in_its_name_stays_text(page):
@@ -330,12 +359,27 @@ def test_a_study_of_which_almost_nothing_is_known_still_has_a_page(tmp_path):
     assert "No site was kept unseen." in page
 
 
-def test_an_encoder_has_one_colour_everywhere_and_baselines_are_dashed():
+def test_an_encoder_has_one_colour_everywhere_and_baselines_are_dotted():
     results = _results()
     styles = styles_of(results["arms"], results["scores"])
     assert list(styles) == ["federated", "no pretraining", f"{_SITE} alone", "raw pixels (PCA)"]
-    assert [style.dashed for style in styles.values()] == [False, False, False, True]
+    assert [bool(style.dashes) for style in styles.values()] == [False, False, False, True]
     assert len({style.css for style in styles.values()}) == len(styles)
+
+
+def test_a_variant_has_the_colour_of_its_like_and_other_dashes_and_hues_are_few():
+    sites = [f"S{number}" for number in range(12)]
+    arms = [_arm("no pretraining", "scratch")]
+    for variant in ("", "a", "b"):
+        arms += [_arm(f"{kind} {variant}", kind, variant=variant) for kind in ("federated", "pooled")]
+        arms += [_arm(f"{site} alone {variant}", "alone", site, variant) for site in sites]
+    styles = styles_of(arms, _scores())
+    for own in ("federated", "pooled", "S3 alone"):
+        alike = [styles[f"{own} {variant}"] for variant in ("", "a", "b")]
+        assert len({(style.hue, style.marker) for style in alike}) == 1
+        assert len({style.dashes for style in alike}) == 3
+    assert len(set(styles.values())) == len(styles)
+    assert len({style.hue for style in styles.values()}) <= 9
 
 
 def test_a_crowded_figure_leaves_out_whole_groups_never_one_site_of_several():
@@ -346,3 +390,90 @@ def test_a_crowded_figure_leaves_out_whole_groups_never_one_site_of_several():
     assert drawn(names, arms) == ["federated", "no pretraining", "raw pixels (PCA)", "metadata only"]
     few = [name for name in names if name not in {f"{site} alone" for site in sites[3:]}]
     assert set(drawn(few, arms)) == set(few)
+
+
+def _with_variant(**changed):
+    """A study with a second pretraining, whose encoder showed signs of collapse."""
+    results = _results(**changed)
+    results["arms"].append(_arm("federated (B)", "federated", variant="B") | {"collapse": ["EAST: few prototypes"]})
+    results["scores"] += [row | {"encoder": "federated (B)"} for row in results["scores"]
+                          if row["encoder"] == "federated"]  # fmt: skip
+    pair = {"encoder": "federated", "other": "federated (B)"}
+    rows = [_gap(gap, probe="linear", fraction=share, domain="in domain") | pair
+            for share, gap in ((0.1, 0.2), (1.0, 0.0))]  # fmt: skip
+    results["differences"] += [*rows, *(row | {"encoder": "federated (B)", "other": "federated"} for row in rows)]
+    return results
+
+
+def test_two_pretrainings_are_compared_once_in_a_place_of_their_own(tmp_path):
+    page = _written(tmp_path, _with_variant())
+    words = _words(page)
+    assert '<a href="#which">' in page
+    assert "federated against federated (B): better in 1, tie in 1 of 2 comparisons" in words
+    assert words.count("federated less federated (B)") == 1
+    assert "federated (B) less federated" not in words
+    assert "Which pretraining?" not in _written(tmp_path, _results())
+
+
+def test_an_encoder_that_collapsed_raises_an_alarm_at_the_top_and_is_marked_in_the_table(tmp_path):
+    page = _written(tmp_path, _with_variant())
+    top = _words(page[: page.index("<main>")])
+    assert "The encoder federated (B) showed signs of collapse in its last round: EAST: few prototypes; its fig" in top
+    assert "cannot be trusted" in top
+    assert '<span class="verdict worse">EAST: few prototypes</span>' in page
+    assert "signs of collapse in its last round" not in _written(tmp_path, _results())
+
+
+def test_folders_of_runs_and_their_use_are_told(page):
+    assert "<code>federated-ab12</code>" in page
+    assert "fedssl finetune ENCODERS/FOLDER --labels ..." in page
+
+
+def test_notes_stand_under_limits_once(tmp_path):
+    results = _results() | {"notes": ["lesion: not done, as 4 patients are too few"]}
+    assert _words(_written(tmp_path, results)).count("4 patients are too few") == 1
+    results["limits"] = [*results["limits"], *results["notes"]]
+    assert _words(_written(tmp_path, results)).count("4 patients are too few") == 1
+
+
+def test_shares_are_those_that_were_labelled_in_tables_and_figures(tmp_path, page):
+    words = _words(page)
+    assert "9.7 % (3 patients)" in words
+    assert "10 %" not in words.split("All figures")[1].split("Which weights")[0]
+    assert ">9.7</text>" in page
+    old = _results()
+    for row in old["scores"]:
+        del row["share"]
+    assert "9.7 % (3 patients)" in _words(_written(tmp_path, old))
+
+
+def test_about_a_tenth_is_the_nearest_share_of_at_least_a_twentieth_in_each_domain():
+    shares = {"a": (0.04, 0.12, 0.28, 1.0), "b": (0.2, 0.6, 1.0), "c": (1.0,), "d": (0.08, 0.12, 1.0)}
+    rows = [{"domain": domain, "share": share, "fraction": share} for domain in shares for share in shares[domain]]
+    found = [(row["domain"], row["share"]) for row in few_and_all(rows)]
+    assert found == [("a", 0.12), ("a", 1.0), ("b", 0.2), ("b", 1.0), ("c", 1.0), ("d", 0.08), ("d", 1.0)]
+
+
+def test_too_few_patients_to_tell_is_neither_green_nor_red(tmp_path):
+    rows = [_joining("NORTH", -0.2, federated=0.7, alone=0.9) | {"verdict": "too few patients to tell"}]
+    page = _written(tmp_path, _results(joining=rows, left_out=[]))
+    assert '<span class="verdict tie">too few patients to tell</span>' in page
+    figure = next(svg for svg in re.findall(r"<svg.*?</svg>", page, flags=re.S) if "federated less alone" in svg)
+    assert "var(--red)" not in figure
+
+
+def test_no_row_is_bold_for_being_federated(page):
+    drops = page[page.index("Mean drop of AUROC") :]
+    assert 'class="own"' not in drops[: drops.index("</table>")]
+    assert "tr.own > *, " not in page
+
+
+def test_many_lines_have_no_bands_and_the_page_says_so(tmp_path):
+    results = _results()
+    sites = [_arm(f"S{number} alone", "alone", f"S{number}") for number in range(5)]
+    results["arms"] += sites
+    results["scores"] += [row | {"encoder": arm["encoder"]} for arm in sites for row in results["scores"]
+                          if (row["encoder"], row["probe"]) == ("federated", "linear")]  # fmt: skip
+    words = _words(_written(tmp_path, results))
+    assert "so many lines have no bands" in words
+    assert "bands are 95 % intervals" in words  # fine-tuned
