@@ -42,31 +42,6 @@ def labelled(share: float, patients: int | None) -> str:
     return f"{percent(share)}\u00a0% ({patients}\u00a0patient{'s' if patients != 1 else ''})"
 
 
-def with_shares(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Give scores and differences the share that was labelled and its patients; older results name no share."""
-    most: dict[tuple[str, str], int] = {}
-    for row in results["scores"]:
-        key = (row["task"], row["domain"])
-        most[key] = max(row["labelled_patients"], most.get(key, 1))
-    scores = [{"share": row["labelled_patients"] / most[row["task"], row["domain"]]} | row for row in results["scores"]]
-    known: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in scores:
-        found = {"share": row["share"], "labelled_patients": row["labelled_patients"]}
-        for probe in (row["probe"], ""):
-            known.setdefault((row["task"], row["domain"], probe, row["fraction"]), found)
-    return {
-        **results,
-        "scores": scores,
-        "differences": [{**row, **_share(row, known)} for row in results["differences"]],
-    }
-
-
-def _share(row: Mapping[str, Any], known: Mapping[tuple[Any, ...], dict[str, Any]]) -> dict[str, Any]:
-    nominal = {"share": row["fraction"], "labelled_patients": None}
-    keys = [(row["task"], row["domain"], probe, row["fraction"]) for probe in (row["probe"], "")]
-    return known.get(keys[0], known.get(keys[1], nominal))
-
-
 def whole(row: Mapping[str, Any]) -> bool:
     """Tell whether all patients were labelled."""
     return bool(row["fraction"] == 1.0 or row["share"] >= _WHOLE)

@@ -89,10 +89,8 @@ def finetuned_cells(
     Yields:
         For each encoder, recipe and share the predictions, and the validation curves where all labels are used.
     """
-    subsets, fractions = (
-        nested_label_subsets(task, fractions, seeds=seeds),
-        distinct_fractions(task, fractions, seeds=seeds),
-    )
+    fractions = distinct_fractions(task, fractions, seeds=seeds)
+    subsets = nested_label_subsets(task, fractions, seeds=seeds)
     what = task_key(store, task)
     total, done = len(encoders) * len(tuning.recipes) * len(fractions) * seeds, 0
     for encoder in encoders:

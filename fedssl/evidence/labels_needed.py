@@ -122,10 +122,16 @@ def score_rows(measured: Measured) -> list[dict[str, Any]]:
 def difference_rows(measured: Measured, encoders: Sequence[Encoder]) -> list[dict[str, Any]]:
     """The federated encoders against every other, paired; p-values not yet corrected."""
     rows = []
+    labelled = {
+        (score.domain, score.fraction): {"share": score.share, "labelled_patients": score.labelled_patients}
+        for score in measured.scores
+    }
     for encoder in chosen(encoders, FEDERATED):
         others = [name for name in measured.features if name != encoder.name]
         gaps = compare(measured.values, encoder.name, others, measured.patients)
-        rows += [{"task": measured.name, **asdict(gap), "test_patients": measured.patients[gap.domain]} for gap in gaps]
+        for gap in gaps:
+            counts = {"test_patients": measured.patients[gap.domain], **labelled[gap.domain, gap.fraction]}
+            rows.append({"task": measured.name, **asdict(gap), **counts})
     return rows
 
 

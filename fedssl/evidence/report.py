@@ -55,7 +55,6 @@ def write_page(folder: Path, results: Mapping[str, Any]) -> Path:
         "number": _number, "gap": cards.gap, "signed": cards.signed, "p": _p, "place": _place, "factor": _factor,
         "labelled": cards.labelled, "banded": figures.banded,
     }  # fmt: skip
-    results = cards.with_shares(results)
     styles = figures.styles_of(results["arms"], results["scores"])
     page = environment.get_template("study.html.j2").render(
         title=folder.resolve().name,

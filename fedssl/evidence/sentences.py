@@ -44,21 +44,26 @@ def _labels_saved(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def _against(results: Mapping[str, Any]) -> Iterator[str]:
     """Compare with no pretraining, natural images, pooled and other pretrainings: linear probe, all and few labels."""
-    variants = {arm["encoder"]: arm for arm in results["arms"]}
-    shares = {
-        (s["task"], s["domain"], s["fraction"]): s["share"] for s in results["scores"] if s["encoder"] in variants
-    }
+    arms = {arm["encoder"]: arm for arm in results["arms"]}
+    few = _about_a_tenth(results["differences"])
     for row in results["differences"]:
-        own, other = variants[row["encoder"]], variants.get(row["other"])
-        if other is None or row["probe"] != "linear" or not _worth(own, other):
-            continue
-        places = {f: s for (task, d, f), s in shares.items() if (task, d) == (row["task"], row["domain"])}
-        if row["fraction"] in {1.0, min(places, key=lambda f: abs(places[f] - 0.1))}:
+        own, other = arms[row["encoder"]], arms.get(row["other"])
+        shown = row["share"] in {1.0, few.get((row["task"], row["domain"]))}
+        if other is not None and row["probe"] == "linear" and shown and _worth(own, other):
             yield (
                 f"{row['task']}: {row['encoder']} against {row['other']}, linear probe with "
-                f"{100 * places[row['fraction']]:.3g} % of the labels {_place(row['domain'])}: AUROC {_gap(row)}: "
+                f"{100 * row['share']:.3g} % of the labels {_place(row['domain'])}: AUROC {_gap(row)}: "
                 f"{row['verdict']}."
             )
+
+
+def _about_a_tenth(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
+    """The labelled share nearest to a tenth, by task and domain."""
+    found: dict[tuple[str, str], float] = {}
+    for row in rows:
+        place = (row["task"], row["domain"])
+        found[place] = min(found.get(place, 1.0), row["share"], key=lambda share: abs(share - 0.1))
+    return found
 
 
 def _worth(own: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
