@@ -38,7 +38,7 @@ def _labels_saved(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         other = f"{row['baseline']}{' at its best' if nothing else ''} ({row['baseline_probe']}) with all labels"
         yield (
             f"{row['task']}: to do as well as {other}, {_place(row['domain'])}, the {row['encoder']} encoder "
-            f"({row['probe']}) needs {row['text']}; at measured shares only: {_times(row['grid'])}."
+            f"({row['probe']}): {row['text']}; at measured shares only: {_times(row['grid'])}."
         )
 
 
