@@ -184,6 +184,7 @@ def forest(rows: Rows, marked: Rows, *, axis: str) -> str:
         axes.set_yticks(range(len(rows)), [_labelled(row) for row in rows])
         axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel=axis)
         axes.grid(visible=False, axis="y")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         return _svg(figure, f"{axis}: the difference with its 95 % interval, one line a site")
 
 

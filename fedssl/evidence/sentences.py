@@ -98,7 +98,7 @@ def _left_out(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         else:
             yield (
                 f"{row['task']}: for {row['site']}{_variant(row)}, which took no part, encoder and labels of the "
-                f"others give AUROC {row['without']:.3f}; without any {row['no_pretraining']:.3f}, {_gap(row)}: "
+                f"others give AUROC {row['without']:.3f}; no pretraining {row['no_pretraining']:.3f}, {_gap(row)}: "
                 f"{row['verdict']}."
             )
 
