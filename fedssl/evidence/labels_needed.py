@@ -11,7 +11,7 @@ from fedssl.evaluation.features import embed, intensity_statistics, metadata, ra
 from fedssl.evaluation.label_reduction import label_reduction, speed_up
 from fedssl.evaluation.metrics import METRICS
 from fedssl.evaluation.protocol import Cell, Resamples, Score, compare, probe_encoders, score_cells
-from fedssl.evaluation.statistics import delong, difference_interval
+from fedssl.evaluation.statistics import delong, difference_interval, interval
 from fedssl.evaluation.subsets import held_back
 from fedssl.evaluation.task import UNSEEN, Task
 from fedssl.evidence.encoders import ALONE, FEDERATED, NATURAL, SCRATCH, Arm, Encoder, chosen
@@ -20,6 +20,7 @@ from fedssl.evidence.fits import FINE_TUNED, Curve, Tuning, finetuned_cells
 OWN_LABELS = "unseen site, own labels"
 _TUNED, _LINEAR = FINE_TUNED["all"], "linear"
 _NOTHING = Arm(SCRATCH).name
+_GUESSING = 0.5
 
 
 @dataclass(frozen=True)
@@ -161,23 +162,40 @@ def reduction_rows(measured: Measured, encoders: Sequence[Encoder]) -> list[dict
     """How many times fewer labels a federated encoder needs than a baseline that has them all (REMEDIS).
 
     The baselines: no pretraining and natural images, each in its better use (linear or fine-tuned), and every site
-    alone by a linear probe. Shares are those that were really labelled.
+    alone by a linear probe; one that is not better than guessing is left out. Shares are those that were really
+    labelled.
     """
     rows = []
     for encoder in chosen(encoders, FEDERATED):
         for domain, shares in _shares(measured).items():
             for other, used in _baselines(measured, encoders, domain):
+                base = measured.values[other, used[0], max(shares), domain]
+                if _guesses(measured, other, domain, base):
+                    continue
                 for probe in (_LINEAR,) if used[1] == ALONE else (_LINEAR, _TUNED):
                     keys = [(encoder.name, probe, fraction, domain) for fraction in shares]
                     if all(key in measured.values for key in keys):
                         curve = np.stack([measured.values[key] for key in keys])
-                        base = measured.values[other, used[0], max(shares), domain]
                         found = label_reduction(curve, base, list(shares.values()), measured.patients[domain])
                         rows.append(
                             {"task": measured.name, "encoder": encoder.name, "probe": probe, "baseline": other,
                              "baseline_probe": used[0], "domain": domain, **asdict(found), "text": found.text()}
                         )  # fmt: skip
     return rows
+
+
+def _guesses(measured: Measured, other: str, domain: str, base: np.ndarray) -> bool:
+    """Tell, and note, that a baseline with all labels is not shown to be better than guessing."""
+    value, low, high = interval(base, measured.patients[domain])
+    if low > _GUESSING:
+        return False
+    note = (
+        f"{measured.name}: {other} with all labels, {domain}, is not shown to be better than guessing (AUROC "
+        f"{value:.3f} [{low:.3f}, {high:.3f}]): how many labels are saved against it says nothing and is left out."
+    )
+    if note not in measured.notes:
+        measured.notes.append(note)
+    return True
 
 
 def _shares(measured: Measured) -> dict[str, dict[float, float]]:

@@ -73,9 +73,9 @@ def run_study(config: Config, store: ImageStore, arms: Sequence[Arm], folder: Pa
     for name, task in tasks.items():
         progress.publish(progress.Note(f"Task {name}: {len(task.rows)} labelled images"))
         measured = measure(name, compared, store, task, shares, tuning)
-        notes += measured.notes
         for section, found in _effects(config, store, measured, encoders, shares.resamples).items():
             rows[section] += found
+        notes += measured.notes
     rows["differences"] = judged(rows["differences"], "encoder", "other", "probe", "fraction", "domain")
     rows["joining"] = judged(rows["joining"], "site", "variant")
     rows["left_out"] = judged(rows["left_out"], "site", "variant")

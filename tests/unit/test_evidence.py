@@ -136,6 +136,18 @@ def test_label_reduction_divides_by_the_share_that_was_really_labelled(opened):
     assert (row["baseline"], row["baseline_probe"]) == ("no pretraining", "fine-tuned")  # its better use
 
 
+def test_no_labels_are_saved_against_a_baseline_that_guesses(opened):
+    _, task = opened
+    encoders = [_encoder(Arm("federated")), _encoder(Arm("scratch"))]
+    measured = Measured("lesion", task, {}, patients={"in domain": 40})
+    measured.scores.append(Score("federated", "linear", 1.0, 1.0, 9, 9, "in domain", "auroc", 0.9, 0, 1))
+    measured.values["federated", "linear", 1.0, "in domain"] = np.full(41, 0.9)
+    measured.values["no pretraining", "linear", 1.0, "in domain"] = np.linspace(0.45, 0.65, 41)
+    assert reduction_rows(measured, encoders) == []
+    (note,) = measured.notes
+    assert "no pretraining with all labels, in domain, is not shown to be better than guessing" in note
+
+
 def test_encoders_that_saw_other_numbers_of_images_are_named():
     encoders = [
         _encoder(Arm("federated"), images_seen=1000), _encoder(Arm("pooled"), images_seen=1010),
