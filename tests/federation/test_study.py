@@ -51,8 +51,9 @@ def _nothing_trains(monkeypatch):
 def test_a_study_answers_every_question_of_the_protocol(done):
     _, folder, results = done
     assert {arm["kind"] for arm in results["arms"]} == {"scratch", "natural", "federated", "pooled", "alone", "without"}
-    for section in ("scores", "differences", "delong", "reductions", "joining", "left_out", "robustness"):
+    for section in ("scores", "differences", "delong", "joining", "left_out", "robustness"):
         assert results[section], section
+    assert results["reductions"] or all("better than guessing" in note for note in results["notes"])
     cells = {(s["encoder"], s["probe"], s["domain"], s["metric"]) for s in results["scores"]}
     metrics = {"auroc", "auprc", "balanced_accuracy", "sensitivity_at_95_specificity", "calibration_error"}
     for domain in ("in domain", "unseen site", "unseen site, own labels"):
@@ -210,7 +211,7 @@ def test_several_tasks_of_several_kinds_and_another_method_run_in_one_study(hosp
     assert results["arms"][2]["method"] == "SimCLR"
     assert {row["probe"] for row in results["scores"]} == {"linear", "knn", "last layers"}
     assert {row["domain"] for row in results["scores"]} == {"in domain"}  # of validation patients
-    assert results["limits"][1].startswith("These figures are of validation patients")
+    assert any(text.startswith("These figures are of validation patients") for text in results["limits"])
 
 
 def test_p_values_are_corrected_across_tasks_and_wins_below_the_noise_are_ties():
