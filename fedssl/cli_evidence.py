@@ -1,6 +1,7 @@
 """Verbs that turn an encoder into evidence and into a site's own model: study, finetune, predict."""
 
 import contextlib
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,10 +14,6 @@ from fedssl.printing import Format, print_json, print_line, print_table
 
 _AGAIN = "What is trained and fitted is kept; the same command goes on from there."
 _ROOT_HELP = "Folder <site>/<patient>/... (with --site: <patient>/...), manifest, or dicomweb+https://HOST/PATH."
-_FINETUNE = (  # fields of Recipe without `part`, an option, and resamples: to import Recipe here takes seconds
-    "lr", "head_lr", "weight_decay", "epochs", "least_steps", "most_steps", "batch_size", "checks", "patience",
-    "validation", "precision", "resamples",
-)  # fmt: skip
 Settings = Annotated[list[str] | None, typer.Argument(help="Settings; see above.", metavar="[KEY=VALUE]...")]
 Labels = Annotated[list[str] | None, typer.Option(help="Column to predict; several times: findings, 1, 0 or empty.")]
 
@@ -32,6 +29,7 @@ def study(overrides: Overrides = None, output: FormatOption = Format.TEXT) -> No
     """
     with explained(_AGAIN):
         from fedssl.evidence.report import write_page
+        from fedssl.evidence.sentences import spoken
         from simulations.study import study as run
 
         folder, results = run(overrides or [])
@@ -39,7 +37,7 @@ def study(overrides: Overrides = None, output: FormatOption = Format.TEXT) -> No
     if output is Format.JSON:
         print_json(results)
         return
-    for sentence in [*results["sentences"], *results["limits"]]:
+    for sentence in [*map(spoken, results["sentences"]), *results["limits"]]:
         print_line(sentence)
     print_line(f"Study: {page}")
 
@@ -66,10 +64,12 @@ def finetune(
     training.threads (default: the run's).
     """
     with explained():
+        from fedssl.evaluation.recipe import Recipe
         from fedssl.site_model import fit_site_model
         from fedssl.weights import resolve_run
 
-        given = _given(overrides, _FINETUNE)
+        names = [field.name for field in fields(Recipe) if field.name != "part"]
+        given = _given(overrides, (*names, "resamples"))
         asked = label or resolve_run(encoder)[0].config()["evaluation"]["label"]
         facts = fit_site_model(
             encoder, labels, label=asked[0] if isinstance(asked, list) and len(asked) == 1 else asked,

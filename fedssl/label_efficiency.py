@@ -19,7 +19,7 @@ from fedssl.data.cache import ImageStore
 from fedssl.data.labels import label_table
 from fedssl.data.splits import test_mask
 from fedssl.errors import DataError
-from fedssl.evaluation.features import embed, intensity_statistics, metadata, raw_pixels
+from fedssl.evaluation.features import baselines, embed
 from fedssl.evaluation.protocol import Score, compare, probe_encoders, score_cells
 from fedssl.evaluation.prototype_sheet import write_sheet
 from fedssl.evaluation.task import Question, Task, make_task
@@ -66,11 +66,7 @@ def evaluate_run(path: Path, labels: Path | None = None, changed: Mapping[str, A
     load_shared_state(method, checkpoint.state)
     if PROTOTYPES in checkpoint.state:
         write_sheet(folder.path / SHEET, method, store, task.rows, features[PRETRAINED])
-    features |= {
-        "raw pixels (PCA)": raw_pixels(store, task.rows, task.rows[task.train]),
-        "grey-value statistics": intensity_statistics(store, task.rows),
-        "metadata only": metadata(store, task.rows, task.images.covariates),
-    }
+    features |= baselines(store, task.rows, task.train, task.images.covariates)
     results = _score(features, encoders, task, config) | {"encoders": encoders, "synthetic": _is_synthetic(config)}
     write_json(folder.path / RESULTS, results, "the evaluation")
     _write_csv(folder.path / "evaluation.csv", results["scores"])

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,6 +14,7 @@ from fedssl.augment import centre_view
 from fedssl.data.batches import image_batch
 from fedssl.data.cache import ImageStore
 
+PIXELS, STATISTICS, METADATA = BASELINES = ("raw pixels (PCA)", "grey-value statistics", "metadata only")
 _CHUNK = 128
 _PIXEL_EDGE = 32
 _PIXEL_COMPONENTS = 64
@@ -89,3 +90,24 @@ def metadata(
     length = np.maximum(store.column("series_length")[rows] - 1, 1)
     columns.append((store.column("order")[rows] / length)[:, None].astype(np.float32))
     return np.concatenate(columns, 1).astype(np.float32)
+
+
+def baselines(
+    store: ImageStore,
+    rows: np.ndarray,
+    train: Bool[np.ndarray, " images"],
+    covariates: Float[np.ndarray, "images extra"],
+) -> dict[str, Float[np.ndarray, "images _width"]]:
+    """Features that have seen no training, by name: what every encoder must beat.
+
+    Args:
+        store: the images.
+        rows: [images] which ones.
+        train: [images] those that the components of the pixels are fitted on.
+        covariates: see ``metadata``.
+    """
+    return {
+        PIXELS: raw_pixels(store, rows, rows[train]),
+        STATISTICS: intensity_statistics(store, rows),
+        METADATA: metadata(store, rows, covariates),
+    }

@@ -11,8 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from fedssl.evaluation.features import BASELINES
+
 _COLOURS = ("#0b6e99", "#c2571a", "#5b7f2b", "#7d4f9e", "#8a6d3b", "#4d5560", "#b03060", "#2f8f83")
-_DASHED = {"random encoder", "raw pixels (PCA)", "grey-value statistics", "metadata only"}
+_DASHED = {"random encoder", *BASELINES}
 _SITE_PANELS = (
     ("loss", "loss"),
     ("contrastive", "contrastive"),

@@ -78,4 +78,5 @@ def _all_classes(
     return full
 
 
-PROBES = {"linear": linear_probe, "knn": nearest_neighbours}
+LINEAR, KNN = "linear", "knn"
+PROBES = {LINEAR: linear_probe, KNN: nearest_neighbours}

@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from fedssl.evaluation.features import METADATA, PIXELS
+from fedssl.evaluation.probe import LINEAR
 from fedssl.evaluation.task import IN_DOMAIN
-from fedssl.evidence.encoders import ALONE, FEDERATED, SCRATCH, Arm
-from fedssl.evidence.fits import FINE_TUNED
+from fedssl.evidence.encoders import ALONE, FEDERATED, NOTHING
+from fedssl.evidence.fits import TUNED
 
 Rows = Sequence[Mapping[str, Any]]
-NOTHING, TUNED, LINEAR = Arm(SCRATCH).name, FINE_TUNED["all"], "linear"
 _WHOLE, _FEW, _TENTH = 0.999, 0.05, 0.1  # shares of the labels
 _MOST_LINES = 9
 _GROUPS = {
@@ -16,7 +17,6 @@ _GROUPS = {
     "joining": "What a site gains by joining",
     "left_out": "What a site gains that stays outside",
     "speed": "How soon fine-tuning converges",
-    "more": "More",
 }
 
 
@@ -140,41 +140,26 @@ def which_pretraining(task: str, results: Mapping[str, Any], order: Iterable[str
 
 
 def told(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Sort the sentences: alarms, groups with a heading, the many on other encoders and other pretrainings."""
-    tasks = [task["task"] for task in results["tasks"]]
-    against = tuple({f"{row['encoder']} against " for row in results["differences"]})
-    variants = [f"({arm['variant']})" for arm in results["arms"] if arm["variant"]]
-    groups: dict[str, list[str]] = {key: [] for key in ("alarms", "against", *_GROUPS)}
-    for sentence in results["sentences"]:
-        if "showed signs of collapse" in sentence:  # the page says it by itself
-            continue
-        task = next((task for task in tasks if sentence.startswith((f"{task}: ", f"Alarm, {task}: "))), "")
-        plain = sentence.removeprefix(f"{task}: ")
-        words = _capital(plain.replace(f"Alarm, {task}: ", "Alarm: ", 1)) if len(tasks) == 1 else sentence
-        group = _group(plain, against)
-        other = group in _GROUPS and any(name in plain for name in variants)
-        groups["against" if other else group].append(words)
-    main = {title: groups[key] for key, title in _GROUPS.items() if groups[key]}
-    return {"alarms": groups["alarms"], "against": groups["against"], "main": main}
+    """Sort the sentences: alarms, groups with a heading, and those aside; a task is named where there are several."""
+    several = len(results["tasks"]) > 1
+
+    def word(row: Mapping[str, Any]) -> str:
+        return f"{row['task']}: {row['text']}" if several else _capital(row["text"])
+
+    rows = results["sentences"]  # of a collapse the page speaks by itself
+    main = {
+        title: [word(row) for row in rows if row["group"] == group and not row["aside"]]
+        for group, title in _GROUPS.items()
+    }
+    return {
+        "alarms": [f"Alarm: {word(row)}" for row in rows if row["group"] == "alarm"],
+        "against": [word(row) for row in rows if row["aside"]],
+        "main": {title: said for title, said in main.items() if said},
+    }
 
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def _group(sentence: str, against: tuple[str, ...]) -> str:
-    """Find the group of a sentence, without its task, by its own words."""
-    if sentence.startswith("Alarm"):
-        return "alarms"
-    if sentence.startswith("to do as well as "):
-        return "labels" if "pretraining" in sentence.split(" with all labels")[0] else "against"
-    if sentence.startswith(against):
-        return "against"
-    if sentence.startswith("fine-tuning "):
-        return "speed"
-    if " by joining" in sentence:
-        return "joining"
-    return "left_out" if "took no part" in sentence or " left out" in sentence else "more"
 
 
 def collapsed(results: Mapping[str, Any]) -> Rows:
@@ -189,7 +174,7 @@ def drawn(names: Iterable[str], arms: Rows) -> list[str]:
     def group(name: str) -> int:
         arm = arms_by_name.get(name)
         if arm is None:
-            return {"raw pixels (PCA)": 3, "metadata only": 4}.get(name, 5)
+            return {PIXELS: 3, METADATA: 4}.get(name, 5)
         if arm["kind"] == ALONE:
             return 6 if arm["variant"] else 2
         return 1 if arm["variant"] else 0

@@ -49,6 +49,9 @@ class Arm:
         return f"{title} ({self.variant})" if self.variant else title
 
 
+NOTHING = Arm(SCRATCH).name
+
+
 @dataclass(frozen=True)
 class Encoder:
     """An encoder with its weights.

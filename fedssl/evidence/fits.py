@@ -20,6 +20,7 @@ from fedssl.evidence.encoders import Encoder
 from fedssl.evidence.frozen import task_key
 
 FINE_TUNED = {"all": "fine-tuned", "last": "last layers"}
+TUNED = FINE_TUNED["all"]
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,7 @@ from fedssl.evaluation.probe import linear_probe
 from fedssl.evaluation.protocol import AUROC
 from fedssl.evaluation.statistics import interval, p_value
 from fedssl.evaluation.task import IN_DOMAIN, UNSEEN, Task, usable
-from fedssl.evidence.encoders import ALONE, FEDERATED, SCRATCH, WITHOUT, Arm, Encoder, chosen
-
-_NOTHING = Arm(SCRATCH).name
+from fedssl.evidence.encoders import ALONE, FEDERATED, NOTHING, SCRATCH, WITHOUT, Encoder, chosen
 
 
 def benefit_rows(
@@ -71,7 +69,7 @@ def left_out_rows(
         features = {e.name: embed(e.module, store, task.rows, edge=e.edge) for e in both}
         values = _aurocs(task, features, UNSEEN, resamples)
         row: dict[str, Any] = {"task": name, "site": site, "variant": without.arm.variant} | _counts(task, UNSEEN)
-        row |= _gap(values[without.name], values[_NOTHING], "without", "no_pretraining", row["test_patients"])
+        row |= _gap(values[without.name], values[NOTHING], "without", "no_pretraining", row["test_patients"])
         rows.append(row)
     return rows
 

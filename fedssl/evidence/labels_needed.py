@@ -7,19 +7,18 @@ from typing import Any
 import numpy as np
 
 from fedssl.data.cache import ImageStore
-from fedssl.evaluation.features import embed, intensity_statistics, metadata, raw_pixels
+from fedssl.evaluation.features import baselines, embed
 from fedssl.evaluation.label_reduction import label_reduction, speed_up
 from fedssl.evaluation.metrics import METRICS
+from fedssl.evaluation.probe import KNN, LINEAR
 from fedssl.evaluation.protocol import Cell, Resamples, Score, compare, probe_encoders, score_cells
 from fedssl.evaluation.statistics import delong, difference_interval, interval
 from fedssl.evaluation.subsets import held_back
 from fedssl.evaluation.task import UNSEEN, Task
-from fedssl.evidence.encoders import ALONE, FEDERATED, NATURAL, SCRATCH, Arm, Encoder, chosen
-from fedssl.evidence.fits import FINE_TUNED, Curve, Tuning, finetuned_cells
+from fedssl.evidence.encoders import ALONE, FEDERATED, NATURAL, NOTHING, SCRATCH, Encoder, chosen
+from fedssl.evidence.fits import TUNED, Curve, Tuning, finetuned_cells
 
 OWN_LABELS = "unseen site, own labels"
-_TUNED, _LINEAR = FINE_TUNED["all"], "linear"
-_NOTHING = Arm(SCRATCH).name
 _GUESSING = 0.5
 
 
@@ -72,11 +71,7 @@ def measure(
 ) -> Measured:
     """Probe and fine-tune all encoders on one task, and on the unseen sites with their own labels."""
     features = {encoder.name: embed(encoder.module, store, task.rows, edge=encoder.edge) for encoder in encoders}
-    features |= {
-        "raw pixels (PCA)": raw_pixels(store, task.rows, task.rows[task.train]),
-        "grey-value statistics": intensity_statistics(store, task.rows),
-        "metadata only": metadata(store, task.rows, task.images.covariates),
-    }
+    features |= baselines(store, task.rows, task.train, task.images.covariates)
     measured = Measured(name, task, features)
     _add(measured, name, encoders, store, task, shares, tuning)
     own = held_back(task, shares.unseen_test)
@@ -101,7 +96,7 @@ def _add(
 ) -> None:
     """Probe and fine-tune on one split and add what comes out."""
     names = {encoder.name for encoder in encoders}
-    probes = {title: (_LINEAR, "knn") if title in names else (_LINEAR,) for title in measured.features}
+    probes = {title: (LINEAR, KNN) if title in names else (LINEAR,) for title in measured.features}
     cells = list(probe_encoders(measured.features, task, probes=probes, fractions=shares.fractions, seeds=shares.seeds))
     for cell, curves in finetuned_cells(
         chosen(encoders, *tuning.kinds), store, task, tuning, name=name, fractions=shares.fractions, seeds=shares.seeds
@@ -142,7 +137,7 @@ def delong_rows(measured: Measured, encoders: Sequence[Encoder]) -> list[dict[st
     if len(task.targets.scored) != 1:
         return []
     output = task.targets.scored[0]
-    whole = {c.encoder: c.predicted[0] for c in measured.cells if c.probe == _LINEAR and c.fraction == 1.0 and
+    whole = {c.encoder: c.predicted[0] for c in measured.cells if c.probe == LINEAR and c.fraction == 1.0 and
              set(c.predicted[0]) <= set(task.tests)}  # fmt: skip
     rows = []
     for encoder in chosen(encoders, FEDERATED):
@@ -172,7 +167,7 @@ def reduction_rows(measured: Measured, encoders: Sequence[Encoder]) -> list[dict
                 base = measured.values[other, used[0], max(shares), domain]
                 if _guesses(measured, other, domain, base):
                     continue
-                for probe in (_LINEAR,) if used[1] == ALONE else (_LINEAR, _TUNED):
+                for probe in (LINEAR,) if used[1] == ALONE else (LINEAR, TUNED):
                     keys = [(encoder.name, probe, fraction, domain) for fraction in shares]
                     if all(key in measured.values for key in keys):
                         curve = np.stack([measured.values[key] for key in keys])
@@ -209,7 +204,7 @@ def _shares(measured: Measured) -> dict[str, dict[float, float]]:
 def _baselines(measured: Measured, encoders: Sequence[Encoder], domain: str) -> Iterator[tuple[str, tuple[str, str]]]:
     """Give each baseline with how it is used, with all labels, and its kind."""
     for encoder in chosen(encoders, SCRATCH, NATURAL, ALONE):
-        uses = (_LINEAR,) if encoder.arm.kind == ALONE else (_LINEAR, _TUNED)
+        uses = (LINEAR,) if encoder.arm.kind == ALONE else (LINEAR, TUNED)
         known = {
             use: float(values[0])
             for (name, use, fraction, place), values in measured.values.items()
@@ -229,13 +224,13 @@ def convergence_rows(measured: Measured) -> list[dict[str, Any]]:
     for curve in curves:  # where training stopped early the last value holds
         by_encoder.setdefault(curve.encoder, []).append(np.interp(grid, curve.images, curve.values))
     stacked = {name: np.stack(own) for name, own in by_encoder.items()}
-    base = stacked.get(_NOTHING)
+    base = stacked.get(NOTHING)
     rows = []
     for name, values in stacked.items():
         row: dict[str, Any] = {
             "task": measured.name, "encoder": name, "images": grid.tolist(), "values": values.mean(0).tolist()
         }  # fmt: skip
-        if base is not None and name != _NOTHING:
+        if base is not None and name != NOTHING:
             found = speed_up(values, base, grid)
             row |= {"speed_up": asdict(found), "text": found.text()}
         rows.append(row)

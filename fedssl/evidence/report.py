@@ -6,11 +6,13 @@ from typing import Any
 
 import jinja2
 
+from fedssl.evaluation.probe import LINEAR
 from fedssl.evaluation.protocol import AUROC
 from fedssl.evaluation.task import IN_DOMAIN, UNSEEN
 from fedssl.evidence import cards, figures
-from fedssl.evidence.cards import LINEAR, TUNED, Rows, drawn, few_and_all, pivot
+from fedssl.evidence.cards import Rows, drawn, few_and_all, pivot
 from fedssl.evidence.figures import Style
+from fedssl.evidence.fits import TUNED
 from fedssl.evidence.joining import worst_site
 from fedssl.evidence.labels_needed import OWN_LABELS
 from fedssl.storage import atomic_file

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from fedssl.evidence.cards import few_and_all, gap
+from fedssl.evidence.encoders import FEDERATED, NATURAL, NOTHING, POOLED, SCRATCH
 from fedssl.evidence.joining import worst_site
 
 _PLACES = {
@@ -10,113 +12,133 @@ _PLACES = {
     "unseen site": "on sites that never took part, with labels of the others",
     "unseen site, own labels": "on sites that never took part, with their own labels",
 }
+Row = Mapping[str, Any]
+Said = Iterator[dict[str, Any]]
 
 
-def sentences(results: Mapping[str, Any]) -> list[str]:
-    """Say the result of every question; alarms first, then what a board asks for."""
+def sentences(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Say the result of every question; alarms first, then what a board asks for.
+
+    Returns:
+        ``group`` (collapse, alarm, labels, joining, against, left_out, speed), ``task`` (empty: of all), ``text``, and
+        whether it stands ``aside`` because it is of another pretraining or of many like it.
+    """
     return [
-        *_alarms(results), *_labels_saved(results["reductions"]), *_joining(results["joining"]), *_against(results),
-        *_left_out(results["left_out"]), *_sooner(results["convergence"]),
+        *_collapse(results["arms"]), *_shortcuts(results["shortcuts"]), *_labels_saved(results),
+        *_joining(results["joining"]), *_against(results), *_left_out(results["left_out"]), *_sooner(results),
     ]  # fmt: skip
 
 
-def _alarms(results: Mapping[str, Any]) -> Iterator[str]:
-    for arm in results["arms"]:
+def spoken(row: Row) -> str:
+    """Word a sentence by itself, with its task."""
+    alarm = "Alarm: " if row["group"] in {"collapse", "alarm"} else ""
+    return f"{alarm}{row['task']}: {row['text']}" if row["task"] else f"{alarm}{row['text']}"
+
+
+def _said(group: str, row: Row, text: str, *, aside: bool = False) -> dict[str, Any]:
+    return {"group": group, "task": row.get("task", ""), "text": text, "aside": aside}
+
+
+def _collapse(arms: Sequence[Row]) -> Said:
+    for arm in arms:
         if arm.get("collapse"):
-            yield (
-                f"Alarm: the encoder {arm['encoder']} showed signs of collapse in its last round "
-                f"({'. '.join(arm['collapse'])}); its figures say little."
+            yield _said(
+                "collapse",
+                {},
+                f"the encoder {arm['encoder']} showed signs of collapse in its last round "
+                f"({'. '.join(arm['collapse'])}); its figures say little.",
             )
-    yield from _shortcuts(results["shortcuts"])
 
 
-def _labels_saved(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    for row in rows:
-        nothing = row["baseline"] == "no pretraining"
+def _labels_saved(results: Mapping[str, Any]) -> Said:
+    variants = {arm["encoder"]: arm["variant"] for arm in results["arms"]}
+    for row in results["reductions"]:
+        nothing = row["baseline"] == NOTHING
         if row["domain"] != "in domain" and not nothing:
             continue
         other = f"{row['baseline']}{' at its best' if nothing else ''} ({row['baseline_probe']}) with all labels"
-        yield (
-            f"{row['task']}: to do as well as {other}, {_place(row['domain'])}, the {row['encoder']} encoder "
-            f"({row['probe']}): {row['text']}; at measured shares only: {_times(row['grid'])}."
+        yield _said(
+            "labels",
+            row,
+            f"to do as well as {other}, {_place(row['domain'])}, the {row['encoder']} encoder "
+            f"({row['probe']}): {row['text']}; at measured shares only: {_times(row['grid'])}.",
+            aside=not nothing or bool(variants[row["encoder"]]),
         )
 
 
-def _against(results: Mapping[str, Any]) -> Iterator[str]:
+def _against(results: Mapping[str, Any]) -> Said:
     """Compare with no pretraining, natural images, pooled and other pretrainings: linear probe, all and few labels."""
     arms = {arm["encoder"]: arm for arm in results["arms"]}
-    few = _about_a_tenth(results["differences"])
-    for row in results["differences"]:
-        own, other = arms[row["encoder"]], arms.get(row["other"])
-        shown = row["share"] in {1.0, few.get((row["task"], row["domain"]))}
-        if other is not None and row["probe"] == "linear" and shown and _worth(own, other):
-            yield (
-                f"{row['task']}: {row['encoder']} against {row['other']}, linear probe with "
-                f"{100 * row['share']:.3g} % of the labels {_place(row['domain'])}: AUROC {_gap(row)}: "
-                f"{row['verdict']}."
+    for task in dict.fromkeys(row["task"] for row in results["differences"]):
+        own = [row for row in results["differences"] if row["task"] == task and row["probe"] == "linear"]
+        worth = [row for row in own if row["other"] in arms and _worth(arms[row["encoder"]], arms[row["other"]])]
+        for row in few_and_all(worth):
+            yield _said(
+                "against",
+                row,
+                f"{row['encoder']} against {row['other']}, linear probe with {100 * row['share']:.3g} % of the labels "
+                f"{_place(row['domain'])}: AUROC {gap(row)}: {row['verdict']}.",
+                aside=True,
             )
 
 
-def _about_a_tenth(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
-    """The labelled share nearest to a tenth, by task and domain."""
-    found: dict[tuple[str, str], float] = {}
-    for row in rows:
-        place = (row["task"], row["domain"])
-        found[place] = min(found.get(place, 1.0), row["share"], key=lambda share: abs(share - 0.1))
-    return found
-
-
-def _worth(own: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def _worth(own: Row, other: Row) -> bool:
     """Tell whether a comparison answers a question: same pretraining or none, or two federated pretrainings once."""
-    if other["kind"] == "federated":
+    if other["kind"] == FEDERATED:
         return own["variant"] == ""
-    return other["kind"] in {"scratch", "natural"} or (other["kind"] == "pooled" and other["variant"] == own["variant"])
+    return other["kind"] in {SCRATCH, NATURAL} or (other["kind"] == POOLED and other["variant"] == own["variant"])
 
 
-def _joining(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _joining(rows: Sequence[Row]) -> Said:
     for row in rows:
-        who = f"{row['task']}: {row['site']}{_variant(row)}"
+        who = f"{row['site']}{_variant(row)}"
         if "reason" in row:
-            yield f"{who}: what it gains by joining cannot be told: {row['reason']}."
+            text = f"what {who} gains by joining cannot be told: {row['reason']}."
         else:
-            yield (
+            text = (
                 f"{who} by joining, own labels, own {row['test_patients']} test patients: AUROC "
-                f"{row['federated']:.3f} in place of {row['alone']:.3f}, {_gap(row)}: {row['verdict']}."
+                f"{row['federated']:.3f} in place of {row['alone']:.3f}, {gap(row)}: {row['verdict']}."
             )
+        yield _said("joining", row, text, aside=bool(row["variant"]))
     for row in worst_site(rows):
-        yield f"{row['task']}: {row['site']}{_variant(row)} gains least by joining ({_gap(row)})."
+        text = f"{row['site']}{_variant(row)} gains least by joining ({gap(row)})."
+        yield _said("joining", row, text, aside=bool(row["variant"]))
 
 
-def _variant(row: Mapping[str, Any]) -> str:
+def _variant(row: Row) -> str:
     return f" ({row['variant']})" if row["variant"] else ""
 
 
-def _left_out(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _left_out(rows: Sequence[Row]) -> Said:
     for row in rows:
         if "reason" in row:
-            yield f"{row['task']}: nothing can be said of {row['site']} left out{_variant(row)}: {row['reason']}."
+            text = f"nothing can be said of {row['site']} left out{_variant(row)}: {row['reason']}."
         else:
-            yield (
-                f"{row['task']}: for {row['site']}{_variant(row)}, which took no part, encoder and labels of the "
-                f"others give AUROC {row['without']:.3f}; no pretraining {row['no_pretraining']:.3f}, {_gap(row)}: "
-                f"{row['verdict']}."
+            text = (
+                f"for {row['site']}{_variant(row)}, which took no part, encoder and labels of the others give AUROC "
+                f"{row['without']:.3f}; no pretraining {row['no_pretraining']:.3f}, {gap(row)}: {row['verdict']}."
             )
+        yield _said("left_out", row, text, aside=bool(row["variant"]))
 
 
-def _sooner(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    for row in rows:
+def _sooner(results: Mapping[str, Any]) -> Said:
+    variants = {arm["encoder"]: arm["variant"] for arm in results["arms"]}
+    for row in results["convergence"]:
         if "text" in row:
-            yield f"{row['task']}: fine-tuning {row['encoder']} to the best of no pretraining: {row['text']}."
+            text = f"fine-tuning {row['encoder']} to the best of no pretraining: {row['text']}."
+            yield _said("speed", row, text, aside=bool(variants[row["encoder"]]))
 
 
-def _shortcuts(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _shortcuts(rows: Sequence[Row]) -> Said:
     for row in rows:
-        if row["alarm"] and row["encoder"].startswith("federated"):
-            yield (
-                f"Alarm, {row['task']}: the {row['what']} can be told from the {row['encoder']} embedding (balanced "
-                f"accuracy {row['balanced_accuracy']:.2f} [{row['low']:.2f}, {row['high']:.2f}], chance "
-                f"{row['chance']:.2f}), and the label's share differs by {row['label_gap']:.2f} among them: a "
-                f"classifier may learn the {row['what']} in place of the disease."
+        if row["alarm"] and row["encoder"].startswith(FEDERATED):
+            yield _said(
+                "alarm",
+                row,
+                f"the {row['what']} can be told from the {row['encoder']} embedding (balanced accuracy "
+                f"{row['balanced_accuracy']:.2f} [{row['low']:.2f}, {row['high']:.2f}], chance {row['chance']:.2f}), "
+                f"and the label's share differs by {row['label_gap']:.2f} among them: a classifier may learn the "
+                f"{row['what']} in place of the disease.",
             )
 
 
@@ -152,7 +174,3 @@ def _times(grid: float) -> str:
 
 def _place(domain: str) -> str:
     return _PLACES.get(domain, domain)
-
-
-def _gap(row: Mapping[str, Any]) -> str:
-    return f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"

@@ -12,6 +12,7 @@ import torch
 from fedssl import progress
 from fedssl.config import Config
 from fedssl.data.cache import ImageStore
+from fedssl.evaluation.features import PIXELS
 from fedssl.evaluation.statistics import holm
 from fedssl.evaluation.targets import Targets
 from fedssl.evidence.encoders import (
@@ -116,7 +117,7 @@ def _effects(
     """Answer every question of the protocol for one task."""
     name, task = measured.name, measured.task
     compared = [encoder for encoder in encoders if encoder.arm.kind != WITHOUT]
-    told = [*(e.name for e in chosen(encoders, SCRATCH, NATURAL, FEDERATED, POOLED)), "raw pixels (PCA)"]
+    told = [*(e.name for e in chosen(encoders, SCRATCH, NATURAL, FEDERATED, POOLED)), PIXELS]
     tried = chosen(encoders, SCRATCH, NATURAL, FEDERATED, POOLED) if config["study"]["robustness"] else []
     question = questions_of(config)[name]
     outside = tasks_without(config, store, question) if chosen(encoders, WITHOUT) else {}

@@ -13,6 +13,7 @@ from fedssl import cli, progress
 from fedssl.config import load
 from fedssl.errors import ConfigError, DataError
 from fedssl.evidence.encoders import Arm
+from fedssl.evidence.sentences import spoken
 from fedssl.evidence.study import RESULTS, judged, run_study
 from simulations import study as studies
 from simulations.study import study
@@ -235,7 +236,7 @@ def test_the_command_prints_the_sentences_and_writes_one_page(done):
     overrides, folder, results = done
     told = CliRunner().invoke(cli.app, ["study", *overrides])
     assert told.exit_code == 0, told.output
-    for sentence in [*results["sentences"], *results["limits"]]:
+    for sentence in [*map(spoken, results["sentences"]), *results["limits"]]:
         assert " ".join(sentence.split()) in " ".join(told.stdout.split())
     page = (folder / "study" / "study.html").read_text()
     assert results["protocol"][:12] in page

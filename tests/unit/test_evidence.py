@@ -16,7 +16,7 @@ from fedssl.evaluation.protocol import Score
 from fedssl.evidence.encoders import Arm, Encoder
 from fedssl.evidence.joining import benefit_rows, worst_site
 from fedssl.evidence.labels_needed import Measured, reduction_rows
-from fedssl.evidence.sentences import limits, sentences
+from fedssl.evidence.sentences import limits, sentences, spoken
 from fedssl.evidence.settings import tasks_of
 from fedssl.evidence.shortcuts import shortcut_rows
 from fedssl.evidence.stability import robustness_rows
@@ -172,7 +172,7 @@ def test_sentences_call_a_tie_a_tie_and_leave_out_what_answers_no_question():
     gap = {"task": "a", "encoder": "federated", "probe": "linear", "fraction": 1.0, "share": 1.0, "domain": "in domain"}
     numbers = {"difference": 0.01, "low": -0.02, "high": 0.04, "verdict": "tie"}
     rows = [gap | numbers | {"other": "no pretraining"}, gap | numbers | {"other": "pooled (v)"}]
-    (told,) = sentences(_results(differences=rows))
+    (told,) = map(spoken, sentences(_results(differences=rows)))
     assert "federated against no pretraining, linear probe with 100 % of the labels" in told
     assert "+0.010 [-0.020, +0.040]: tie" in told
 
@@ -180,7 +180,7 @@ def test_sentences_call_a_tie_a_tie_and_leave_out_what_answers_no_question():
 def test_a_collapsed_encoder_is_the_first_thing_that_is_said():
     results = _results()
     results["arms"][0]["collapse"] = ["EAST: few effective prototypes"]
-    assert sentences(results)[0].startswith("Alarm: the encoder federated showed signs of collapse")
+    assert spoken(sentences(results)[0]).startswith("Alarm: the encoder federated showed signs of collapse")
 
 
 def test_limits_name_what_is_missing_and_what_could_not_be_done():

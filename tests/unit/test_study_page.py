@@ -287,8 +287,7 @@ def test_every_sentence_and_limit_is_on_the_page(tmp_path):
     words = _words(_written(tmp_path, results))
     assert all(sentence in words for sentence in results["limits"])
     for sentence in results["sentences"]:
-        told = sentence.removeprefix("lesion: ").replace("Alarm, lesion: ", "Alarm: ")
-        assert told[0].upper() + told[1:] in words
+        assert sentence["text"][0].upper() + sentence["text"][1:] in words
 
 
 def test_sentences_stand_under_headings_and_name_the_task_only_where_there_are_several(tmp_path):
