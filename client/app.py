@@ -60,7 +60,7 @@ def _work(agent: SiteAgent, expected: str, message: Message) -> RecordDict:
     if order.number == 0:
         agent.check()
         agent.check_start()
-        return wire.write_presence(agent.site, {"images": len(agent.images)})
+        return wire.write_presence(agent.site, {"images": agent.examples})
     return wire.write_column_sums(agent.site, agent.column_sums(order, request.state, request.guide.get("potentials")))
 
 

@@ -221,6 +221,18 @@ def standardise(images: Images) -> Images:
     return (images - 0.25) / 0.25
 
 
+def noise_images(
+    count: int, channels: int, edge: int, *, seed: int
+) -> Float[Tensor, "{count} {channels} {edge} {edge}"]:
+    """Public images that are nobody's: standardised noise with as much energy at coarse as at fine scales."""
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros(count, channels, edge, edge)
+    for size in (2, 4, 8, 16, 32):
+        coarse = torch.randn(count, channels, size, size, generator=generator)
+        total += F.interpolate(coarse, size=(edge, edge), mode="bilinear", align_corners=False)
+    return standardise((total / 8.0 + 0.4).clamp(0.0, 1.0))
+
+
 def centre_view(images: Images, *, edge: int) -> Float[Tensor, "batch channels edge edge"]:
     """The whole image at ``edge`` pixels without randomness, for evaluation."""
     if images.shape[-1] != edge:

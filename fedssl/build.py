@@ -9,16 +9,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedssl.aggregation.base import Aggregator
-from fedssl.augment import Views
+from fedssl.augment import Views, noise_images
 from fedssl.config import Config, instantiate_node
 from fedssl.errors import ConfigError
 from fedssl.local.base import LocalRule
 from fedssl.methods.base import Method
+from fedssl.methods.separable import SeparableMethod
 from fedssl.optim import Schedule
 from fedssl.start_weights import load_start_weights
 from fedssl.training import pick_device
 from fedssl.update import shared_state
 
+_CALIBRATION_IMAGES = 64
 _TINY = 16  # pixels on a side: 1 x 1 before the last stage of a residual network
 
 
@@ -81,9 +83,11 @@ def first_state(config: Config, method: Method) -> dict[str, Tensor]:
         ConfigError: the weights do not fit the encoder.
         DataError: their file cannot be read.
     """
-    weights = config["encoder"]["weights"]
+    weights, in_chans = config["encoder"]["weights"], config["encoder"]["in_chans"]
     if weights:
-        load_start_weights(method.encoder, Path(weights), in_chans=config["encoder"]["in_chans"])
+        load_start_weights(method.encoder, Path(weights), in_chans=in_chans)
+    if isinstance(method, SeparableMethod):
+        method.calibrate(noise_images(_CALIBRATION_IMAGES, in_chans, image_edge(config), seed=config["seed"]))
     return dict(sorted(shared_state(method).items()))
 
 

@@ -10,10 +10,11 @@ import numpy as np
 from fedssl import progress
 from fedssl.config import REMOTE, Config
 from fedssl.data.cache import ImageStore, Subset, select
+from fedssl.data.canaries import CanarySubset, half_of_patients, planted_patients
 from fedssl.data.indexing.ingest import Decoding
 from fedssl.data.labels import labels_of_images
 from fedssl.data.partition import assign
-from fedssl.data.pseudonym import site_secret
+from fedssl.data.pseudonym import numbered, site_secret
 from fedssl.data.scanner_shift import ScannerShift, ShiftedSubset, Together
 from fedssl.data.splits import test_mask
 from fedssl.data.store import Source, Store
@@ -97,10 +98,28 @@ def chosen_sites(config: Config, store: ImageStore) -> list[str]:
     return list(chosen)
 
 
+def held_out_images(config: Config, store: ImageStore, unseen_sites: Sequence[str] | None = None) -> np.ndarray:
+    """Mark the images of test patients, [images] bool; ``unseen_sites`` in place of the run's own if given.
+
+    In a run with differential privacy each patient's side is a matter of that patient alone.
+
+    Raises:
+        ConfigError: nobody was held out from a shadow.
+    """
+    if config["simulation"].get("shadow") is not None:
+        raise ConfigError(
+            "A shadow of the leakage audit trains on test patients too, so that nobody is held out: it is for fedssl "
+            "audit RUN alone. Leave simulation.shadow=null, or give the run that the shadow belongs to."
+        )
+    data = config["data"]
+    unseen = data["unseen_sites"] if unseen_sites is None else list(unseen_sites)
+    alone = config.get("privacy", {}).get("unit") == "patient"
+    return test_mask(store, test_fraction=data["test_fraction"], unseen_sites=unseen, each_alone=alone)
+
+
 def training_images(config: Config, store: ImageStore, sites: Sequence[str] | None) -> Subset:
     """Choose the images of the training patients of some sites of the index (None: of all)."""
-    data = config["data"]
-    held_out = test_mask(store, test_fraction=data["test_fraction"], unseen_sites=data["unseen_sites"])
+    held_out = held_out_images(config, store)
     here = np.ones(len(store), bool) if sites is None else np.isin(store.column("site"), sites)
     return select(store, ~held_out & here)
 
@@ -113,7 +132,7 @@ def simulated_sites(config: Config, store: ImageStore) -> dict[str, Subset]:
         DataError: the images cannot be divided so.
     """
     simulation, data = config["simulation"], config["data"]
-    images = training_images(config, store, chosen_sites(config, store))
+    images = simulated_images(config, store)
     labels = images.column("label")
     if simulation["partition"] == "dirichlet" and data["labels"]:
         labels = labels_of_images(store, Path(data["labels"]), data["label"])[images.rows]
@@ -123,16 +142,44 @@ def simulated_sites(config: Config, store: ImageStore) -> dict[str, Subset]:
     )  # fmt: skip
     shift = simulation["scanner_shift"]
     sites = {
-        name: _through_scanner(Subset(store, images.rows[names == name]), name, shift, config["seed"])
+        name: _planted(config, _through_scanner(Subset(store, images.rows[names == name]), name, shift, config["seed"]))
         for name in sorted(set(names.tolist()))
     }
     if simulation["pool"]:
-        return {POOLED_SITE: Together.of(list(sites.values())) if shift else images}
+        return {POOLED_SITE: Together.of(list(sites.values())) if shift or simulation.get("canaries") else images}
     if simulation["only"] is None:
         return sites
     if str(simulation["only"]) not in sites:
         raise ConfigError(f"simulation.only={simulation['only']} is none of the sites {', '.join(sites)}.")
     return {str(simulation["only"]): sites[str(simulation["only"])]}
+
+
+def simulated_images(config: Config, store: ImageStore) -> Subset:
+    """Choose the images that a simulation trains on.
+
+    Those of the training patients; of a shadow (``simulation.shadow``) those of a random half of all patients of the
+    sites, training and test.
+    """
+    sites, shadow = chosen_sites(config, store), config["simulation"].get("shadow")
+    if shadow is None:
+        return training_images(config, store, sites)
+    here = np.flatnonzero(np.isin(store.column("site"), sites))
+    patients = numbered(store.column("group"))[here]
+    return Subset(store, here[half_of_patients(patients, store.column("site")[here], shadow, config["seed"])])
+
+
+def canary_patients(config: Config, store: ImageStore) -> np.ndarray:
+    """Number the patients (``numbered`` groups of the store) whose images a shadow replaces by patterns."""
+    here = np.isin(store.column("site"), chosen_sites(config, store))
+    count = config["simulation"].get("canaries", 0)
+    return planted_patients(numbered(store.column("group"))[here], count, config["seed"])
+
+
+def _planted(config: Config, images: Subset) -> Subset:
+    if not config["simulation"].get("canaries"):
+        return images
+    patients = numbered(images.store.column("group"))[images.rows]
+    return CanarySubset.of(images, patients, canary_patients(config, images.store), config["seed"])
 
 
 def _through_scanner(images: Subset, site: str, strength: float, seed: int) -> Subset:
@@ -141,5 +188,5 @@ def _through_scanner(images: Subset, site: str, strength: float, seed: int) -> S
 
 def training_digest(config: Config, store: ImageStore) -> str:
     """Hash which images train: a run is evaluated and resumed only with the split that it was trained with."""
-    digests = sorted(training_images(config, store, chosen_sites(config, store)).column("digest").tolist())
+    digests = sorted(simulated_images(config, store).column("digest").tolist())
     return hashlib.sha256(b"".join(digests)).hexdigest()

@@ -30,6 +30,7 @@ class Checkpoint:
         memory: what the aggregator remembers, such as the moments of a server optimiser.
         mass: [prototypes] soft number of images of each prototype, by site, from its last round.
         answered: the last round in which each site answered well.
+        ledgers: newest entry of each site's privacy ledger that the server heard of, as number and hash.
         usual_change: median change of the sites' weights in the last round, in norms of the weights.
         best_round: the round of ``best_loss``; 0: none.
     """
@@ -45,6 +46,7 @@ class Checkpoint:
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     mass: Mapping[str, Tensor] = field(default_factory=dict)
     answered: Mapping[str, int] = field(default_factory=dict)
+    ledgers: Mapping[str, str] = field(default_factory=dict)
     usual_change: float | None = None
     best_round: int = 0
 

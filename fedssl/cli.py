@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from fedssl.cli_audit import audit
 from fedssl.cli_evidence import finetune, predict, study
+from fedssl.cli_privacy import privacy_app
 from fedssl.errors import ConfigError
 from fedssl.explained import RESUME, FormatOption, Overrides, explained
 from fedssl.printing import Format, print_headline, print_index, print_json, print_line, print_table
@@ -20,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated self-supervised pretraining for medical images.\n\n"
     "Start with `fedssl demo`, then point `fedssl simulate data.root=FOLDER` at your own images.\n\n"
-    "Exit codes: 0 done, 1 unforeseen, 2 configuration, 3 data, 4 federation, 5 disk, 130 interrupted.",
+    "Exit codes: 0 done, 1 unforeseen, 2 configuration, 3 data, 4 federation, 5 disk, 6 privacy, 130 interrupted.",
 )
 
 
@@ -150,16 +152,19 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
 @app.command()
 def export(run: Annotated[Path, typer.Argument(help="A run folder, or a checkpoint in one.")]) -> None:
-    """Write the encoder as exported/encoder.onnx: standardised grey images in, features out."""
+    """Write the encoder as exported/encoder.onnx (standardised grey images in, features out), and MODEL_CARD.md."""
     with explained():
         from fedssl.build import image_edge
+        from fedssl.release.card import write_card
         from fedssl.release.onnx import export_onnx
-        from fedssl.weights import resolve_run, trained_method
+        from fedssl.weights import identity, resolve_run, trained_checkpoint, trained_method
 
         config, method = trained_method(run)
-        path = resolve_run(run)[0].path / "exported" / "encoder.onnx"
+        folder, checkpoint = resolve_run(run)
+        path = folder.path / "exported" / "encoder.onnx"
         export_onnx(path, method.encoder, in_chans=config["encoder"]["in_chans"], edge=image_edge(config))
         print_line(f"Encoder: {path}")
+        print_line(f"Card: {write_card(folder, identity(trained_checkpoint(checkpoint), method))}")
 
 
 @app.command()
@@ -197,8 +202,9 @@ def _write_report(folder: Path) -> None:
     print_line(f"Report: {path}")
 
 
-for verb in (study, finetune, predict):
+for verb in (study, finetune, predict, audit):
     app.command()(verb)
+app.add_typer(privacy_app)
 
 if __name__ == "__main__":
     app()

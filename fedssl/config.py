@@ -24,12 +24,15 @@ _PATHS = (  # made absolute: runs are read from anywhere
     ("data", "root"), ("data", "store"), ("data", "labels"), ("evaluation", "labels"), ("encoder", "weights"),
     ("study", "natural_weights"), ("study", "encoders"),
 )  # fmt: skip
-_SHARED_SECTIONS = ("seed", "encoder", "method", "augment", "optim", "aggregation", "local", "pairing", "collapse")
+_SHARED_SECTIONS = ("seed", "encoder", "method", "augment", "optim", "aggregation", "local", "pairing", "collapse",
+    "privacy",
+)  # fmt: skip
 _SHARED_KEYS = (
     "training.batch_size", "training.local_epochs", "training.local_steps", "training.local_seconds",
     "training.precision", "federation.rounds", "federation.sites", "federation.participation", "federation.precision",
     "federation.equipartition", "federation.sinkhorn_iterations", "federation.prototype_patients", "simulation.pool",
     "simulation.only", "simulation.partition", "simulation.sites", "simulation.alpha", "simulation.scanner_shift",
+    "simulation.shadow", "simulation.canaries",
     "data.edge", "data.sites", "data.unseen_sites", "data.test_fraction", "data.label",
 )  # fmt: skip
 
@@ -68,10 +71,13 @@ def load(overrides: Sequence[str]) -> Config:
         ("data", "sites"),
         ("data", "unseen_sites"),
         ("federation", "sites"),
+        ("privacy", "sites"),
     ):  # a site may be called 3
         names = plain[section][key]
         plain[section][key] = [str(site) for site in names] if isinstance(names, list) else names
     check_values(plain)
+    if isinstance(plain["privacy"].get("patients"), dict):
+        plain["privacy"]["patients"] = {str(site): count for site, count in plain["privacy"]["patients"].items()}
     for section, key in _PATHS:
         if plain[section][key] and not plain[section][key].startswith(REMOTE):
             plain[section][key] = str(Path(plain[section][key]).absolute())

@@ -34,6 +34,12 @@ class StorageError(FedsslError):
     exit_code = 5
 
 
+class PrivacyError(FedsslError):
+    """A privacy budget is spent, or the ledger that counts it cannot be trusted (exit code 6)."""
+
+    exit_code = 6
+
+
 class UpdateRefused(FederationError):  # noqa: N818 - an answer is refused; the run goes on with the others
     """One site's answer does not fit the shared state; ``site`` and ``reason`` say which and why."""
 

@@ -12,12 +12,11 @@ import numpy as np
 
 from fedssl import progress
 from fedssl.build import build_method, image_edge
-from fedssl.build_images import chosen_sites, open_images, training_digest
+from fedssl.build_images import chosen_sites, held_out_images, open_images, training_digest
 from fedssl.checkpoint import load_checkpoint
 from fedssl.config import Config
 from fedssl.data.cache import ImageStore
 from fedssl.data.labels import label_table
-from fedssl.data.splits import test_mask
 from fedssl.errors import DataError
 from fedssl.evaluation.features import baselines, embed
 from fedssl.evaluation.protocol import Score, compare, probe_encoders, score_cells
@@ -76,7 +75,7 @@ def evaluate_run(path: Path, labels: Path | None = None, changed: Mapping[str, A
 def _task(config: Config, store: ImageStore, labels: Path | None) -> Task:
     data, evaluation = config["data"], config["evaluation"]
     table = labels or (Path(evaluation["labels"]) if evaluation["labels"] else None)
-    held_out = test_mask(store, test_fraction=data["test_fraction"], unseen_sites=data["unseen_sites"])
+    held_out = held_out_images(config, store)
     sites = chosen_sites(config, store)
     question = Question(evaluation["label"], evaluation["where"], evaluation["covariates"])
     return make_task(

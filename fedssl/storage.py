@@ -14,6 +14,7 @@ from fedssl import progress
 from fedssl.errors import StorageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_OTHER_DISK = "Free space, or choose another disk with data.store=FOLDER or run_dir=FOLDER"
 
 
 @contextlib.contextmanager
@@ -81,11 +82,11 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _explained(error: OSError, what: str) -> StorageError:
+def _explained(error: OSError, what: str, remedy: str = _OTHER_DISK) -> StorageError:
     if error.errno in _FULL:
         return StorageError(
             f"The disk is full: {what} could not be written whole and nothing was kept of it. "
-            "Free space, or choose another disk with data.store=FOLDER or run_dir=FOLDER, and run the command again."
+            f"{remedy}, and run the command again."
         )
     return StorageError(
         f"{what[0].upper()}{what[1:]} could not be written ({error.strerror}). Check the folder's rights."
@@ -140,6 +141,70 @@ def exclusive(path: Path) -> Iterator[None]:
             progress.publish(progress.Note("Waiting for another fedssl process that prepares the same images."))
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield
+
+
+def private_folder(path: Path, what: str) -> None:
+    """Make the folder ``path`` for its owner alone, so that it outlives a power cut; leave one that exists as it is.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    try:
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        if missing:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in missing:
+            _flush(folder.parent)
+    except OSError as error:
+        raise _explained(error, what, "Free space") from error
+
+
+def append_durably(path: Path, data: bytes, what: str) -> None:
+    """Append ``data`` to a file in an existing folder and flush it to the disk; all of it is kept, or nothing.
+
+    Only a process that is killed can leave a part of it.
+
+    Raises:
+        StorageError: the disk is full, a quota is spent, or the file cannot be written.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            length = os.fstat(descriptor).st_size
+            _append_whole(descriptor, data, length)
+        finally:
+            os.close(descriptor)
+        if length == 0:
+            _flush(path.parent)
+    except OSError as error:
+        raise _explained(error, what, "Free space") from error
+
+
+def _append_whole(descriptor: int, data: bytes, length: int) -> None:
+    try:
+        while data:
+            data = data[os.write(descriptor, data) :]
+        os.fsync(descriptor)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, length)
+        raise
+
+
+def write_json_durably(path: Path, value: Any, what: str) -> None:  # noqa: ANN401 - whatever JSON can hold
+    """Write ``value`` as JSON, atomically, in a private folder; not even a power cut brings the old one back."""
+    private_folder(path.parent, what)
+    write_json(path, value, what)
+    try:
+        _flush(path.parent)
+    except OSError as error:
+        raise _explained(error, what, "Free space") from error
+
+
+def state_folder() -> Path:
+    """Return where lives what must never be lost, such as privacy ledgers: FEDSSL_STATE, or the user's state folder."""
+    base = os.environ.get("FEDSSL_STATE") or Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "fedssl"
+    return Path(base).expanduser()
 
 
 def cache_folder() -> Path:

@@ -1,5 +1,6 @@
 """What a site gives back after a round, what of a method may leave a site, and the check at the server's border."""
 
+import hashlib
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -18,7 +19,7 @@ _UNSAFE = re.compile(r"[^\w.-]")  # the name of a tensor that nobody asked for i
 METRICS = frozenset(
     {
         "loss", "effective_prototypes", "code_entropy", "released_prototypes", "modality_nmi", "rankme", "images",
-        "steps", "seconds", "images_per_s", "data_wait", "optimizer_restarted",
+        "steps", "seconds", "images_per_s", "data_wait", "optimizer_restarted", "epsilon", "delta",
     }
 )  # fmt: skip
 
@@ -36,6 +37,7 @@ class Update:
         usage: [prototypes] number of samples nearest to each prototype, or None.
         metrics: figures of the round, by the names in ``METRICS`` and the method's terms: nothing else may leave a site
             or be recorded.
+        ledger: number and hash of the newest entry of the site's privacy ledger; empty without one.
         independent: the site began with its own pretraining, so that its prototypes have an order of their own.
     """
 
@@ -46,6 +48,7 @@ class Update:
     mass: Float[Tensor, " prototypes"] | None
     usage: Float[Tensor, " prototypes"] | None
     metrics: Mapping[str, float]
+    ledger: str = ""
     independent: bool = False
 
 
@@ -115,6 +118,15 @@ def check_update(update: Update, reference: Mapping[str, Tensor], limits: Limits
             "allowed here (federation.largest_change, or 100 times the usual change of the last round)",
         )
     return change
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the names, types, shapes and values of a state."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def change_of(state: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:

@@ -7,7 +7,7 @@ from fedssl.errors import ConfigError
 
 _SECTIONS = (
     "data", "encoder", "method", "augment", "optim", "aggregation", "local", "heads", "training", "federation",
-    "collapse", "simulation", "evaluation", "study",
+    "collapse", "privacy", "simulation", "evaluation", "study",
 )  # fmt: skip
 Rules = Iterator[tuple[bool, str]]
 
@@ -24,7 +24,7 @@ def check_values(config: Mapping[str, Any]) -> None:
     rules = [
         *_training(config["training"]), *_federation(config["federation"]), *_data(config["data"]),
         *_evaluation(config["evaluation"]), *_simulation(config["simulation"]), *_study(config["study"]),
-        *_others(config),
+        *_privacy(config["privacy"]), *_others(config),
     ]  # fmt: skip
     problems = [sentence for holds, sentence in rules if not holds]
     if problems:
@@ -135,6 +135,42 @@ def _simulation(simulation: Mapping[str, Any]) -> Rules:
     yield (_whole(simulation["sites"], 1), "simulation.sites must be a whole number of at least 1")
     yield (_positive(simulation["alpha"]), "simulation.alpha must be above 0")
     yield (_share(simulation["scanner_shift"], top=True), "simulation.scanner_shift must lie between 0 and 1")
+    yield (
+        simulation["shadow"] is None or _whole(simulation["shadow"], 0),
+        "simulation.shadow must be null or a whole number of at least 0",
+    )
+    yield (
+        _whole(simulation["canaries"], 0) and (simulation["canaries"] == 0 or simulation["shadow"] is not None),
+        "simulation.canaries must be a whole number, 0 where simulation.shadow is null",
+    )
+
+
+def _privacy(privacy: Mapping[str, Any]) -> Rules:
+    yield (privacy["unit"] in {"none", "patient"}, "privacy.unit must be none or patient")
+    if privacy["unit"] != "patient":
+        return
+    yield (_positive(privacy["epsilon"]) and privacy["epsilon"] >= 0.1, "privacy.epsilon must be at least 0.1")
+    yield (_share(privacy["delta"]) and privacy["delta"] > 0, "privacy.delta must lie between 0 and 1")
+    stated = privacy["patients"].values() if isinstance(privacy["patients"], Mapping) else [privacy["patients"]]
+    yield (
+        len(stated) > 0 and all(_whole(patients, 2) for patients in stated),
+        "privacy.patients must be a whole number of at least 2, or {SITE: number, ...}",
+    )
+    for name in ("batch", "steps", "images", "most_images"):
+        yield (_whole(privacy[name], 1), f"privacy.{name} must be a whole number of at least 1")
+    clip = privacy["clip"]
+    yield (_positive(clip) and 1e-3 <= clip <= 1e3, "privacy.clip must lie between 0.001 and 1000")
+    shares = [privacy["vote_share"], privacy["loss_share"]]
+    yield (
+        all(_share(share) and share > 0 for share in shares) and sum(shares) < 1,
+        "privacy.vote_share and privacy.loss_share must lie above 0 and leave something for the gradients",
+    )
+    yield (_share(privacy["spare"]), "privacy.spare must be at least 0 and below 1")
+    sites = privacy["sites"]
+    yield (
+        sites is None or (isinstance(sites, list) and len(sites) > 0),
+        "privacy.sites must be null or a list of names",
+    )
 
 
 def _others(config: Mapping[str, Any]) -> Rules:

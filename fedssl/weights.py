@@ -1,13 +1,8 @@
 """Trained encoders on disk: which weights they are, and that they were trained at all."""
 
-import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from fedssl.build import build_method
 from fedssl.checkpoint import Checkpoint, load_checkpoint
@@ -15,7 +10,7 @@ from fedssl.config import Config
 from fedssl.errors import ConfigError
 from fedssl.methods.base import Method
 from fedssl.run_folder import RunFolder
-from fedssl.update import load_shared_state
+from fedssl.update import load_shared_state, state_digest
 
 
 def resolve_run(path: Path) -> tuple[RunFolder, Path]:
@@ -78,14 +73,6 @@ def trained_method(path: Path) -> tuple[Config, Method]:
     return config, method
 
 
-def _hash(state: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def identity(checkpoint: Checkpoint, method: Method) -> dict[str, Any]:
     """Say which weights are evaluated, so that nobody can mistake them.
 
@@ -93,7 +80,7 @@ def identity(checkpoint: Checkpoint, method: Method) -> dict[str, Any]:
     random name of its run.
     """
     return {
-        "sha256": _hash(checkpoint.state),
+        "sha256": state_digest(checkpoint.state),
         "round": checkpoint.round,
         "images_seen": checkpoint.images_seen,
         "sites": checkpoint.sites,

@@ -17,9 +17,10 @@ from fedssl.order import Order
 from fedssl.packing import FULL, Packed, pack, unpack
 from fedssl.update import MOST_IMAGES, Update
 
-PROTOCOL = 3
+PROTOCOL = 4
 _LONGEST_REASON = 500
 _NAME = re.compile(r"[^\x00-\x1f\x7f$\\\[\]]{1,64}")
+_LEDGER = re.compile(r"(\d{1,12}:[0-9a-f]{64})?")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\[\]]")
 _LARGEST_LOG, _ROUNDING = 1e4, 1e-6
 MOST_CONTRAST = 8.0
@@ -115,9 +116,8 @@ def write_update(update: Update, precision: str = FULL, reference: Mapping[str, 
     """Make the content of a site's answer; ``reference`` is the state that it was sent."""
     arrays, layout = pack(update.state, precision, reference)
     content = RecordDict({"state": arrays, "layout": layout})
-    content["site"] = ConfigRecord(
-        {"site": update.site, "examples": update.examples, "steps": update.steps, "independent": update.independent}
-    )
+    facts = ("site", "examples", "steps", "independent", "ledger")
+    content["site"] = ConfigRecord({name: getattr(update, name) for name in facts})
     content["metrics"] = MetricRecord({name: float(value) for name, value in update.metrics.items()})
     counts = {"mass": update.mass, "usage": update.usage}
     content["counts"] = ArrayRecord({name: Array(value.numpy()) for name, value in counts.items() if value is not None})
@@ -182,6 +182,7 @@ def read_update(content: RecordDict, reference: Mapping[str, Tensor] | None = No
             mass=counts.get("mass"),
             usage=counts.get("usage"),
             metrics={name: _float(value) for name, value in content.metric_records["metrics"].items()},
+            ledger=_fitting(site["ledger"], _LEDGER, "what it says of its privacy ledger is no number and hash"),
             independent=bool(site["independent"]),
         )
 
@@ -221,15 +222,20 @@ def _well_formed() -> Iterator[None]:
 
 
 def _site(record: Mapping[str, Any]) -> str:
-    """Read a site's name: it is printed, logged and drawn.
+    """Read a site's name: it is printed, logged and drawn."""
+    wrong = "has a name that is empty, too long, or holds control characters, $, \\, [ or ]"
+    return _fitting(record["site"], _NAME, wrong)
+
+
+def _fitting(value: Any, form: re.Pattern[str], wrong: str) -> str:  # noqa: ANN401 - Flower's own union of values
+    """Read a text of a certain form.
 
     Raises:
-        FederationError: it is no name.
+        FederationError: it has another.
     """
-    name = str(record["site"])
-    if not _NAME.fullmatch(name):
-        raise FederationError("has a name that is empty, too long, or holds control characters, $, \\, [ or ]")
-    return name
+    if not form.fullmatch(str(value)):
+        raise FederationError(wrong)
+    return str(value)
 
 
 def _read_refusal(content: RecordDict) -> Refusal:

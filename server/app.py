@@ -9,6 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedssl import config as settings
 from fedssl import progress
 from fedssl.build import build_aggregator, check_settings, first_state
+from fedssl.build_privacy import by_patient, check_privacy
 from fedssl.checkpoint import Checkpoint
 from fedssl.config import Config
 from fedssl.methods.base import Method
@@ -28,6 +29,7 @@ def main(grid: Grid, context: Context) -> None:
     fingerprint = settings.fingerprint(config)
     folder = RunFolder(Path(config["run_dir"]))
     method = check_settings(config)
+    check_privacy(config, method)
     aggregator = build_aggregator(config)
     checkpoint = folder.resume(fingerprint) if config["resume"] else None
     if not config["resume"]:
@@ -61,16 +63,18 @@ def _start(checkpoint: Checkpoint) -> RoundResult:
     """Stand where the last round left off."""
     return RoundResult(
         checkpoint.round, dict(checkpoint.state), dict(checkpoint.memory), dict(checkpoint.mass),
-        dict(checkpoint.answered), checkpoint.contrast, checkpoint.usual_change,
+        dict(checkpoint.answered), dict(checkpoint.ledgers), checkpoint.contrast, checkpoint.usual_change,
     )  # fmt: skip
 
 
 def _plan(config: Config, checkpoint: Checkpoint, method: Method, least_sites: int) -> Plan:
     federation, training = config["federation"], config["training"]
+    privacy = config["privacy"] if by_patient(config) else {"batch": 0, "steps": 0}
     return Plan(
         checkpoint.run, federation["rounds"], checkpoint.fingerprint, max(federation["min_sites"], least_sites),
         federation["deadline_s"], federation["wait_s"], frozenset(method.terms), tuple(federation["sites"] or ()),
         federation["participation"], config["seed"], federation["precision"], federation["largest_change"],
-        federation["equipartition"], federation["sinkhorn_iterations"], training["batch_size"],
-        training["local_epochs"], training["local_steps"], training["local_seconds"] is not None,
+        federation["equipartition"], federation["sinkhorn_iterations"],
+        max(training["batch_size"], privacy["batch"]), training["local_epochs"], training["local_steps"],
+        training["local_seconds"] is not None, privacy["steps"],
     )  # fmt: skip

@@ -36,6 +36,7 @@ class Plan:
         batch_size: most images of an optimiser step.
         local_epochs: of a round.
         local_steps: of a round instead, or None.
+        private_steps: of a round at a private site; 0 where there is none.
         timed: a round lasts so long as the clock says: nobody knows how many steps.
     """
 
@@ -57,12 +58,14 @@ class Plan:
     local_epochs: float = MOST_IMAGES
     local_steps: int | None = None
     timed: bool = False
+    private_steps: int = 0
 
     def most_steps(self, images: float) -> float:
         """Bound the optimiser steps of a site with so many images: at least two are in a step."""
         if self.timed:
             return MOST_IMAGES
-        return self.local_steps if self.local_steps is not None else max(1.0, self.local_epochs * images / 2.0)
+        steps = self.local_steps if self.local_steps is not None else max(1.0, self.local_epochs * images / 2.0)
+        return max(steps, self.private_steps)
 
 
 def push(grid: Grid, contents: Mapping[int, RecordDict], kind: str, plan: Plan) -> dict[int, str]:

@@ -61,6 +61,7 @@ class Recorder:
             "federation/sites": sorted(result.metrics),
             "federation/failed": result.failed,
             "federation/absent": result.absent,
+            "privacy/epsilon": {site: m["epsilon"] for site, m in result.metrics.items() if "epsilon" in m},
             "comm/bytes_up": result.bytes_up,
             "comm/bytes_down": result.bytes_down,
         }
@@ -76,6 +77,7 @@ class Recorder:
             memory=result.memory,
             mass=result.mass,
             answered=result.answered,
+            ledgers=result.ledgers,
             usual_change=result.usual_change,
             round=result.number,
             best_loss=min(loss, known.best_loss if known.best_loss is not None else loss) if comparable else None,

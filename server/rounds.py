@@ -44,6 +44,7 @@ class RoundResult:
         memory: what the aggregator remembers.
         mass: soft number of images of each prototype, by site, from the last round that it took part in.
         answered: the last round in which each site answered well.
+        ledgers: newest entry of each site's privacy ledger that it told.
         contrast: factor of the contrastive term in the next round.
         usual_change: median of ``change``; None before round 1.
         metrics: each site's figures, by site.
@@ -67,6 +68,7 @@ class RoundResult:
     memory: dict[str, Tensor] = field(default_factory=dict)
     mass: dict[str, Tensor] = field(default_factory=dict)
     answered: dict[str, int] = field(default_factory=dict)
+    ledgers: dict[str, str] = field(default_factory=dict)
     contrast: float = 1.0
     usual_change: float | None = None
     metrics: dict[str, Mapping[str, float]] = field(default_factory=dict)
@@ -133,7 +135,8 @@ class _Round:
             raise FederationError(f"Round {number} cannot begin: the shared state does not travel; {error}.") from error
         self.received = before.state if plan.precision == FULL else unpack(*self.packed)
         self.result = RoundResult(
-            number, before.state, before.memory, dict(before.mass), dict(before.answered), absent=dict(roster.absent)
+            number, before.state, before.memory, dict(before.mass), dict(before.answered), dict(before.ledgers),
+            absent=dict(roster.absent),
         )  # fmt: skip
 
     def run(self, aggregator: Aggregator) -> RoundResult:
@@ -185,10 +188,11 @@ class _Round:
         )
 
     def _order(self, site: str) -> Order:
-        plan, last = self.plan, self.before.answered.get(site, 0)
+        plan, last, ledger = self.plan, self.before.answered.get(site, 0), self.before.ledgers.get(site, "")
         return Order(
-            plan.run, self.result.number, plan.rounds, plan.fingerprint, self.before.contrast, last, plan.precision
-        )
+            plan.run, self.result.number, plan.rounds, plan.fingerprint, self.before.contrast, last, ledger,
+            plan.precision,
+        )  # fmt: skip
 
     def _contents(self, guides: Guides) -> dict[int, RecordDict]:
         contents = {
@@ -234,6 +238,8 @@ class _Round:
         result, site = self.result, update.site
         result.metrics[site], result.examples[site] = update.metrics, update.examples
         result.answered[site] = result.number
+        if update.ledger:
+            result.ledgers[site] = update.ledger
         result.cosine[site] = cosine_to(update.state, self.received)
         if update.mass is not None and update.usage is not None:
             result.mass[site], result.counts[site] = update.mass, update.usage

@@ -8,6 +8,7 @@ from fedssl import config as settings
 from fedssl import progress
 from fedssl.build import build_aggregator, check_settings
 from fedssl.build_images import open_images, training_digest
+from fedssl.build_privacy import check_privacy
 from fedssl.config import Config
 from fedssl.errors import FederationError
 from fedssl.run_folder import RunFolder
@@ -34,7 +35,7 @@ def simulate(overrides: Sequence[str]) -> tuple[Config, list[Arm]]:
     logging.getLogger("flwr").setLevel(logging.ERROR)
     overrides = list(overrides)
     config = settings.load(overrides)
-    check_settings(config)
+    check_privacy(config, check_settings(config))
     store = open_images(config)
     arms = plan_arms(config, store, overrides)
     least = max(config["federation"]["min_sites"], build_aggregator(config).least_sites)

@@ -17,8 +17,9 @@ REAL_DATA = Path(os.environ.get("FEDSSL_REAL_DATA", Path(__file__).parents[2] / 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
-    """Keep every test out of the user's cache; the hospitals are written once a session."""
+    """Keep every test out of the user's cache and ledgers; the hospitals are written once a session."""
     monkeypatch.setenv("FEDSSL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("FEDSSL_STATE", str(tmp_path_factory.mktemp("state")))
 
 
 @pytest.fixture(scope="session")

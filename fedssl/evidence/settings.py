@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from fedssl.build import build_views
-from fedssl.build_images import chosen_sites
+from fedssl.build_images import chosen_sites, held_out_images
 from fedssl.config import Config
 from fedssl.data.cache import ImageStore
 from fedssl.data.labels import label_table
-from fedssl.data.splits import test_mask
 from fedssl.errors import DataError
 from fedssl.evaluation.finetune import Recipe
 from fedssl.evaluation.subsets import rehearsal
@@ -39,7 +38,7 @@ def task_of(
     Raises:
         DataError: the labels do not fit.
     """
-    held_out = test_mask(store, test_fraction=config["data"]["test_fraction"], unseen_sites=list(unseen_sites))
+    held_out = held_out_images(config, store, unseen_sites)
     table = label_table(store, labels_path(config), question.labels)
     task = make_task(store, table, question, held_out=held_out, sites=sites, unseen_sites=unseen_sites)
     return rehearsal(task, 0.25) if config["evaluation"]["patients"] == "validation" else task

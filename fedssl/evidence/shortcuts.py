@@ -6,13 +6,10 @@ from typing import Any
 import numpy as np
 
 from fedssl.data.cache import ImageStore
-from fedssl.evaluation.metrics import METRICS, draw_patients
-from fedssl.evaluation.probe import linear_probe
-from fedssl.evaluation.statistics import interval
-from fedssl.evaluation.targets import Targets, classes_of
+from fedssl.evaluation.leakage.attributes import predictability, told_on_both_sides
+from fedssl.evaluation.targets import Targets
 from fedssl.evaluation.task import IN_DOMAIN, Task
 
-_LEAST_PATIENTS = 3  # of a place on each side: fewer say nothing
 _GAP = 0.10  # in the share of a class between places, from which the place helps to guess the label
 
 
@@ -43,7 +40,9 @@ def shortcut_rows(
             continue
         gap = _label_gap(places[kept], task.targets.take(kept))
         for title in shown:
-            value, low, high = _predictability(places, kept, task, features[title], resamples)
+            value, low, high = predictability(
+                places[kept], task.patients[kept], task.train[kept], features[title][kept], resamples=resamples
+            )
             chance = 1.0 / len(np.unique(places[kept]))
             rows.append(
                 {"task": name, "encoder": title, "what": what, "places": len(np.unique(places[kept])),
@@ -56,25 +55,7 @@ def shortcut_rows(
 def _common(places: np.ndarray, task: Task) -> np.ndarray:
     """Mark the images of places with enough training and test patients in domain."""
     test = task.tests.get(IN_DOMAIN, np.zeros(len(places), bool))
-    enough = [
-        place
-        for place in np.unique(places)
-        if all(
-            len(np.unique(task.patients[mask & (places == place)])) >= _LEAST_PATIENTS for mask in (task.train, test)
-        )
-    ]
-    return np.isin(places, enough) & (task.train | test)
-
-
-def _predictability(
-    places: np.ndarray, kept: np.ndarray, task: Task, features: np.ndarray, resamples: int
-) -> tuple[float, float, float]:
-    targets = classes_of(places[kept].tolist())
-    train, values = task.train[kept], features[kept]
-    guessed = linear_probe(values[train], targets.take(train), values[~train])
-    draws = draw_patients(task.patients[kept][~train], number=resamples, seed=0)
-    values = METRICS["balanced_accuracy"](guessed, targets.take(~train), draws)
-    return interval(values, len(draws.counts))
+    return told_on_both_sides(places, task.patients, task.train, test)
 
 
 def _label_gap(places: np.ndarray, targets: Targets) -> float:

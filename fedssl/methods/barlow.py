@@ -39,6 +39,7 @@ class BarlowTwins(Method):
         seed: of the initial head.
     """
 
+    couples = "its correlation matrix is made of the whole batch"
     shared = ("encoder.", "projector.")
     terms = ("invariance", "redundancy")
 

@@ -2,7 +2,7 @@
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,6 +16,11 @@ from fedssl.errors import ConfigError
 from fedssl.prototypes import Clusters
 
 PROTOTYPES = "prototypes"
+_NORMS: Mapping[str, Callable[[int], list[nn.Module]]] = {
+    "batch": lambda width: [nn.BatchNorm1d(width, track_running_stats=False)],
+    "layer": lambda width: [nn.LayerNorm(width)],
+    "none": lambda _: [],
+}
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,10 @@ class Method(nn.Module, ABC):
         equipartitions: whether all images of a batch share one equipartition, with ``epsilon`` and ``marginal``.
         epsilon: entropy of its codes.
         marginal: share of the site's samples that each prototype shall hold; None: equal shares.
+        couples: why the loss is no sum over patients, for methods that are none; they have no private training.
     """
 
+    couples: str = "its loss is not written as a sum over patients (fedssl.methods.separable)"
     shared: tuple[str, ...] = ("encoder.",)
     terms: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
@@ -134,14 +141,19 @@ def full_precision(example: Tensor) -> Iterator[None]:
         yield
 
 
-def projector(widths: Sequence[int], *, norm: bool = True) -> nn.Sequential:
-    """Make an MLP head with BatchNorm between its layers (SimCLR, section 4.2), or without (MoCo v2).
+def projector(widths: Sequence[int], *, norm: str = "batch") -> nn.Sequential:
+    """Make an MLP head with BatchNorm between its layers (SimCLR, section 4.2), LayerNorm or none (MoCo v2).
 
     BatchNorm always normalises by the batch and keeps no running statistics: there are none that could leave the site.
+
+    Args:
+        widths: of the input and of each layer.
+        norm: ``batch``, ``layer`` (each image by itself) or ``none``.
     """
     require(**{"hidden or width": (min(widths), min(widths) >= 1)})
+    if norm not in _NORMS:
+        raise ConfigError(f"method.norm={norm} does not exist; there are {', '.join(_NORMS)}.")
     layers: list[nn.Module] = []
     for before, after in itertools.pairwise(widths[:-1]):
-        between = [nn.BatchNorm1d(after, track_running_stats=False)] if norm else []
-        layers += [nn.Linear(before, after, bias=not norm), *between, nn.ReLU()]
+        layers += [nn.Linear(before, after, bias=norm != "batch"), *_NORMS[norm](after), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))

@@ -40,6 +40,7 @@ class ContrastiveClustering(Method):
         seed: of the initial head and prototypes.
     """
 
+    couples = "NT-Xent compares each image with all others of the batch, and Sinkhorn balances the whole batch"
     shared = ("encoder.", "projector.", "prototypes")
     terms = ("contrastive", "clustering")
     weighs_contrast = True

@@ -39,6 +39,8 @@ class Hybrid(Method):
         seed: of the initial classifier.
     """
 
+    couples = "it learns from labels of single images, for which there is no private form here"
+
     def __init__(self, base: Method, *, classes: Sequence[str | int], weight: float, seed: int = 0) -> None:
         super().__init__(base.encoder)
         _refuse_unusable(classes, weight)

@@ -51,6 +51,7 @@ class MoCo(Method):
         seed: of the initial head.
     """
 
+    couples = "each image is compared with a queue of embeddings of other patients, which carry no noise"
     shared = ("encoder.", "projector.")
     terms = ("contrastive",)
 
@@ -73,7 +74,7 @@ class MoCo(Method):
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
-            self.projector = projector([feature_width(encoder), hidden, width], norm=False)
+            self.projector = projector([feature_width(encoder), hidden, width], norm="none")
         self.target = SlowCopy(encoder, self.projector)
         self.queue = Queue(queue_length, width)
         self.temperature = temperature

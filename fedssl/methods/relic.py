@@ -46,6 +46,7 @@ class ReLIC(Method):
         seed: of the initial heads.
     """
 
+    couples = "each image is compared with all others of the batch"
     shared = ("encoder.", "projector.", "predictor.")
     terms = ("contrastive", "invariance")
 

@@ -23,6 +23,7 @@ class SimCLR(Method):
         seed: of the initial head.
     """
 
+    couples = "NT-Xent compares each image with all others of the batch"
     shared = ("encoder.", "projector.")
     terms = ("contrastive",)
 

@@ -39,6 +39,7 @@ class SwAV(Method):
         seed: of the initial head and prototypes.
     """
 
+    couples = "Sinkhorn balances the codes of the whole batch"
     shared = ("encoder.", "projector.", "prototypes")
     terms = ("clustering",)
 

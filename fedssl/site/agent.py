@@ -63,13 +63,17 @@ class SiteAgent:
     ) -> None:
         self.site = site
         self.images = images
-        self.memory = memory
-        self.method = method
+        self.memory, self.method = memory, method
         self.make_optimizer = make_optimizer
         self.views = views
         self.work = work
         self.labels = labels
         self.own_start = own_start
+
+    @property
+    def examples(self) -> int:
+        """The site's weight in averages: its training images, or its patients."""
+        return len(np.unique(self.images.column("group"))) if self.work.by_patients else len(self.images)
 
     def check(self) -> None:
         """Refuse to take part without enough images.
@@ -125,9 +129,8 @@ class SiteAgent:
         method, rule = self.method, self.work.rule
         remembered = self._recall(order)
         independent = remembered is None and order.last == 0 and self.own_start is not None
-        begun = self._own_state(state) if independent else state
         own, scale = (remembered.own or None, remembered.scale) if remembered else (None, None)
-        begun, scale = rule.begin(begun, own, scale)
+        begun, scale = rule.begin(self._own_state(state) if independent else state, own, scale)
         load_shared_state(method, begun)
         method.contrast, method.marginal = order.contrast, marginal
         if potentials is not None:
@@ -141,11 +144,14 @@ class SiteAgent:
             load_optimizer_tensors(optimizer, dict(remembered.optimizer))
         trained = self._train(order, optimizer, state)
         kept = shared_state(method)
-        own = kept if rule.remembers else {}
-        self.memory.remember(order, Remembered(optimizer_tensors(optimizer), own, scale))
-        return self._release(
-            kept, state, trained, restarted=remembered is None and order.last > 0, independent=independent
-        )
+        self.memory.remember(order, Remembered(optimizer_tensors(optimizer), kept if rule.remembers else {}, scale))
+        lost = remembered is None and order.last > 0
+        return self._release(kept, state, trained, restarted=lost, independent=independent)
+
+    def _correction(self, received: Mapping[str, Tensor]) -> Correction:
+        shared = [(name, value) for name, value in self.method.named_parameters() if name in received]
+        start = [received[name].to(value.device) for name, value in shared]
+        return Correction(self.work.rule, [value for _, value in shared], start)
 
     def _train(self, order: Order, optimizer: Optimizer, received: Mapping[str, Tensor]) -> Trained:
         work, method = self.work, self.method
@@ -155,13 +161,10 @@ class SiteAgent:
             self.images, work.batch_size, work.epochs, place.derived_seed("order"), work.pairing, self.labels,
             method.classes, steps,
         )  # fmt: skip
-        device = next(method.parameters()).device
-        shared = [(name, value) for name, value in method.named_parameters() if name in received]
-        correction = Correction(work.rule, [value for _, value in shared], [received[n].to(device) for n, _ in shared])
-        autocast = autocast_for(device, work.precision)
         return train_round(
-            method, optimizer, batches, self.views, place, autocast=autocast, correction=correction,
-            seconds=work.seconds,
+            method, optimizer, batches, self.views, place, seconds=work.seconds,
+            autocast=autocast_for(next(method.parameters()).device, work.precision),
+            correction=self._correction(received),
         )  # fmt: skip
 
     def _release(
@@ -183,7 +186,7 @@ class SiteAgent:
             metrics["released_prototypes"] = float(released.sum())
         if self._rare_modality():
             metrics.pop("modality_nmi", None)
-        return Update(self.site, state, len(self.images), trained.steps, mass, usage, metrics, independent)
+        return Update(self.site, state, self.examples, trained.steps, mass, usage, metrics, independent=independent)
 
     def _rare_modality(self) -> bool:
         """Tell whether so few patients have some modality that a figure about it would say that they are here."""

@@ -5,7 +5,7 @@ import re
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from jaxtyping import Bool, Float
@@ -14,6 +14,7 @@ from torch import Tensor
 from fedssl.checkpoint import load_tensors, save_tensors
 from fedssl.errors import DataError
 from fedssl.order import Order
+from fedssl.update import Update
 
 _FORGET_AFTER_S = 14 * 24 * 3600.0
 _RUN_NAME = re.compile(r"[0-9a-f]{8,64}")
@@ -75,6 +76,40 @@ class SiteMemory:
             if other not in kept:
                 other.unlink(missing_ok=True)
         self._forget(order.run)
+
+    def keep_answer(self, order: Order, received: str, update: Update) -> None:
+        """Keep the answer to a round, so that the same question gets the same bits; ``received``: state's digest."""
+        tensors = {f"state/{name}": value for name, value in update.state.items()}
+        counts = {"mass": update.mass, "usage": update.usage}
+        tensors |= {f"counts/{name}": value for name, value in counts.items() if value is not None}
+        facts = {
+            "received": received, "order": asdict(replace(order, ledger="")), "site": update.site,
+            "examples": update.examples, "steps": update.steps, "metrics": dict(update.metrics),
+        }  # fmt: skip
+        save_tensors(self._file(order.run, f"answer_{order.number:05d}"), tensors, facts, _WHAT)
+
+    def recall_answer(self, order: Order, received: str) -> Update | None:
+        """Give the answer that was kept for the same question; None if there is none.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        path = self._file(order.run, f"answer_{order.number:05d}")
+        if not path.exists():
+            return None
+        tensors, facts = load_tensors(path)
+        if facts["received"] != received or facts["order"] != asdict(replace(order, ledger="")):
+            return None
+        rooms = {
+            room: {
+                name.removeprefix(f"{room}/"): value for name, value in tensors.items() if name.startswith(f"{room}/")
+            }
+            for room in ("state", "counts")
+        }
+        return Update(
+            facts["site"], rooms["state"], facts["examples"], facts["steps"], rooms["counts"].get("mass"),
+            rooms["counts"].get("usage"), facts["metrics"],
+        )  # fmt: skip
 
     def keep_scores(self, order: Order, scores: Scores, released: Bool[Tensor, " prototypes"]) -> None:
         """Keep the scores of this round's images until the round is over, and which prototypes have support."""

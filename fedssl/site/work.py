@@ -21,6 +21,7 @@ class LocalWork:
         precision: ``auto``, ``bf16`` or ``float32``.
         threads: CPU threads; results on a CPU are equal bit for bit only at equal threads.
         rule: against drift.
+        by_patients: the site weighs by its patients in averages, not by its images: private sites tell no images.
         prototype_patients: a prototype leaves only when at least so many patients have images nearest to it.
     """
 
@@ -35,3 +36,4 @@ class LocalWork:
     threads: int
     rule: LocalRule
     prototype_patients: int
+    by_patients: bool = False

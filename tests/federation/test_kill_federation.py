@@ -1,10 +1,8 @@
 """SIGKILL of the server or of a site, whatever it does: a run that is resumed ends as one that nobody disturbed."""
 
-import itertools
 import json
 import multiprocessing
 import operator
-import os
 import signal
 import sys
 import tempfile
@@ -16,6 +14,7 @@ from multiprocessing.connection import wait
 import numpy as np
 import pytest
 import torch
+from doomed import doomed
 from flwr.app import Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -37,26 +36,8 @@ KILLS_IN_A_RUN = 10
 SITES = ["EAST", "SOUTH", "WEST"]
 SERVER, NODES = 1, range(2, 2 + len(SITES))
 PATIENCE_S = 120.0  # for an undisturbed run, many times what it needs
-CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
 SERVER_AIMS = [("", 14), ("checkpoints/", 7), ("metrics.jsonl", 7)]  # files, and how many operations on them
 VARIES = {"seconds", "images_per_s", "data_wait"}  # between any two runs
-
-
-def doomed(target, due, place, log, *settings):
-    """Run ``target`` in this process; before operation ``due`` on files in ``place`` the process kills itself."""
-    torch.set_num_threads(1)
-    if due:
-        numbers, record = itertools.count(1), os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-
-        def operation(event, arguments):
-            writes = event == "open" and arguments[1] and set(arguments[1]) & set("wa")
-            if (writes or event in CHANGES) and place in str(arguments[0]) and next(numbers) == due:
-                name = str(arguments[0]).rsplit("/", 1)[-1].replace(f".{os.getpid()}.", ".")
-                os.write(record, f"{event} {name}\n".encode())
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(operation)
-    target(*settings)
 
 
 class Federation:

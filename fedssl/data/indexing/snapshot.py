@@ -133,7 +133,8 @@ def _finished(rows: pa.Table, *, alone: bool) -> pa.Table:
     series = np.asarray(rows["series"].to_pylist())
     position = np.asarray(rows["position"].to_numpy(), np.float64)
     rank, length = series_order(series, position, _numbers(rows, "instance") * 100_000 + _numbers(rows, "frame"))
-    low, high = _ranges(rows, series)
+    _, scaled_together = np.unique([rows["patient"].to_pylist(), series.tolist()], axis=1, return_inverse=True)
+    low, high = _ranges(rows, scaled_together)  # a series number may be shared: no patient's grey values move another's
     rows = rows.drop_columns(["file", "quantiles", "low", "high", "position", "instance"])
     columns = {
         "order": pa.array(rank, pa.int32()), "series_length": pa.array(length, pa.int32()),

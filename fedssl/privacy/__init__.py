@@ -1,0 +1,1 @@
+"""Differential privacy for patients: what a step releases, what it costs, and how it is computed."""

@@ -1,0 +1,77 @@
+"""Which engine is fastest here: measured on noise images, so that no patient's image decides anything."""
+
+import time
+from collections.abc import Mapping
+
+import torch
+
+from fedssl import progress
+from fedssl.augment import Views
+from fedssl.errors import ConfigError
+from fedssl.methods.separable import SeparableMethod
+from fedssl.privacy.engines.base import Autocast, Engine
+from fedssl.privacy.engines.ghost import Ghost
+from fedssl.privacy.engines.loop import Loop
+from fedssl.privacy.engines.vectorised import Vectorised
+
+ENGINES: Mapping[str, type[Engine]] = {"loop": Loop, "vmap": Vectorised, "ghost": Ghost}
+AUTO = "auto"
+_PATIENTS = 8
+
+
+def choose_engine(
+    name: str, method: SeparableMethod, views: Views, autocast: Autocast, *, images: int, in_chans: int
+) -> Engine:
+    """Make the engine of this name; ``auto`` measures a step of each on noise images and says what it found.
+
+    Args:
+        name: ``auto``, ``loop``, ``vmap`` or ``ghost``.
+        method: whose gradients are computed.
+        views: of the run, for their number and sizes.
+        autocast: makes autocast contexts for the network.
+        images: of a patient.
+        in_chans: channels of an image.
+
+    Raises:
+        ConfigError: the engine does not exist, or does not fit the encoder.
+    """
+    if name == "ghost" and not Ghost.fits(method):
+        raise ConfigError(
+            "privacy.engine=ghost does not know a layer of this encoder. Use privacy.engine=auto, loop or vmap."
+        )
+    if name in ENGINES:
+        return ENGINES[name](method, autocast)
+    if name != AUTO:
+        raise ConfigError(f"privacy.engine={name} does not exist; there are auto, {', '.join(ENGINES)}.")
+    speeds = {name: _patients_a_second(engine, views, images, in_chans) for name, engine in _fitting(method, autocast)}
+    best = max(speeds, key=lambda name: speeds[name])
+    figures = ", ".join(f"{name} {speed:.1f}" for name, speed in speeds.items())
+    text = f"Private gradients: engine {best}, the fastest here (patients a second on noise images: {figures})."
+    progress.publish(progress.Note(text))
+    return ENGINES[best](method, autocast)
+
+
+def _fitting(method: SeparableMethod, autocast: Autocast) -> list[tuple[str, Engine]]:
+    names = [name for name in ENGINES if name != "ghost" or Ghost.fits(method)]
+    return [(name, ENGINES[name](method, autocast)) for name in names]
+
+
+def _patients_a_second(engine: Engine, views: Views, images: int, in_chans: int) -> float:
+    """Speed of votes and gradients on noise; 0 where the engine cannot work here."""
+    device = engine.parameters[0].device
+    sizes = [scale.edge for scale in views.scales for _ in range(scale.count)]
+    units = [[torch.randn(images, in_chans, edge, edge, device=device) for edge in sizes] for _ in range(_PATIENTS)]
+    try:
+        for attempt in range(2):  # the first one warms up
+            begin = time.perf_counter()
+            engine.see(units[: _PATIENTS if attempt else 1])
+            if engine.method.num_votes:
+                engine.votes()
+            engine.gradients(1.0)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+    except (RuntimeError, NotImplementedError):  # a layer that torch.func cannot batch, or want of memory
+        return 0.0
+    finally:
+        engine.see([])
+    return _PATIENTS / (time.perf_counter() - begin)
