@@ -27,9 +27,10 @@ _SITE_PANELS = (
     ("change", "change of the weights (of their norm)"),
     ("cosine", "cosine to the shared weights"),
     ("images_per_s", "images / s"),
+    ("epsilon", "epsilon spent (differential privacy)"),
 )
 
-_NOT_DRAWN = {"round", "site", "images", "steps", "seconds", "data_wait", "optimizer_restarted"}
+_NOT_DRAWN = {"round", "site", "images", "steps", "seconds", "data_wait", "optimizer_restarted", "delta"}
 
 
 def label_efficiency(scores: Sequence[Mapping[str, Any]], *, probe: str) -> str:
@@ -78,7 +79,8 @@ def site_telemetry(rows: Sequence[Mapping[str, Any]], *, num_prototypes: int) ->
     for axes, (key, title) in zip(grid, panels, strict=False):
         for number, site in enumerate(sites):
             line = [(row["round"], row[key]) for row in rows if row["site"] == site and key in row]
-            axes.plot(*zip(*line, strict=True), color=_COLOURS[number % len(_COLOURS)], label=site, lw=1.5)
+            if line:  # a private site tells less
+                axes.plot(*zip(*line, strict=True), color=_COLOURS[number % len(_COLOURS)], label=site, lw=1.5)
         if key == "clustering" and num_prototypes:
             axes.axhline(math.log(num_prototypes), color="#b3261e", lw=1.2, ls=":", label="ln K: collapsed")
         _dress(axes, title)

@@ -56,6 +56,7 @@ def write_report(
         sheet=base64.b64encode(sheet.read_bytes()).decode() if sheet.exists() else "",
         rounds=round_rows,
         alarms=_alarms(round_rows),
+        privacy=_privacy(site_rows),
         shares=sorted({score["share"] for score in results["scores"]}) if results else [],
         table=_table(results) if results else [],
         config=yaml.safe_dump(_without_paths(config), sort_keys=False),
@@ -128,6 +129,20 @@ def _table(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         {"domain": domain, "encoder": encoder, "probe": probe, "cells": [cells[share] for share in sorted(cells)]}
         for (domain, encoder, probe), cells in sorted(lines.items(), key=lambda line: line[0][0])
     ]
+
+
+def _privacy(site_rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say what each private site has spent on its patients, over all its runs, and who trained without a guarantee."""
+    newest = {row["site"]: row for row in site_rows}
+    private = {site: row for site, row in newest.items() if "epsilon" in row}
+    if not private:
+        return []
+    sentences = [
+        f"Site {site}: epsilon {row['epsilon']:.2f} (delta {row['delta']:g}) is spent on each patient in all its runs."
+        for site, row in sorted(private.items())
+    ]
+    others = sorted(newest.keys() - private.keys())
+    return sentences + ([f"Without differential privacy: {', '.join(others)}."] if others else [])
 
 
 def _alarms(round_rows: Sequence[Mapping[str, Any]]) -> list[str]:

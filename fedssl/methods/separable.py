@@ -110,10 +110,12 @@ def _probe(method: SeparableMethod, in_chans: int, edge: int) -> None:
     weight = next(method.parameters())
     rows = torch.randn(_PROBE_ROWS, in_chans, edge, edge, generator=torch.Generator().manual_seed(0)).to(weight.device)
     others = torch.cat([rows[:1], -3.0 * rows[1:]])
-    training = method.training
-    first, second = method.eval().points(rows)[0], method.points(others)[0]
+    training, coupled = method.training, False
+    for mode in (True, False):
+        first, second = method.train(mode).points(rows)[0], method.points(others)[0]
+        coupled |= not bool((first - second).abs().max() <= _SAME * first.abs().max().clamp_min(_SAME))
     method.train(training)
-    if not bool((first - second).abs().max() <= _SAME * first.abs().max().clamp_min(_SAME)):
+    if coupled:
         raise ConfigError(
             "privacy=patient refuses this encoder: what it makes of an image depends on the other images of the batch. "
             "Choose another encoder, or encoder.norm=group."

@@ -13,7 +13,12 @@ from fedssl.errors import ConfigError, PrivacyError
 
 _BEYOND = 100.0  # of epsilon: nothing is promised any more, and PRV would want minutes and gigabytes; RDP bounds it
 _PRECISION, _STRIDE = 1e-3, 0.05  # of the logarithm of the noise
-_LEAST_SIGMA, _LARGEST_SIGMA = 0.25, 1e5  # less noise promises nothing and makes the accountant slow
+_LEAST_SIGMA, _LARGEST_SIGMA = 0.25, 1e4  # less noise promises nothing and makes the accountant slow
+
+_HOPELESS = (
+    "privacy.epsilon={epsilon:g} cannot be kept over {steps} steps at rate {rate:g} with useful noise. Raise it, or "
+    "lower federation.rounds, privacy.steps or privacy.batch."
+)
 
 
 @dataclass(frozen=True)
@@ -108,13 +113,12 @@ def planned_sigma(*, epsilon: float, delta: float, rate: float, steps: int) -> f
         return math.log(_epsilon((Spend(math.exp(log_sigma), rate, steps),), delta) / epsilon)
 
     low = high = _guess(epsilon, delta, rate, steps)
+    if high > math.log(_LARGEST_SIGMA):
+        raise ConfigError(_HOPELESS.format(epsilon=epsilon, steps=steps, rate=rate))
     while excess(high) > 0.0:
         low, high = high, high + _STRIDE
         if high > math.log(_LARGEST_SIGMA):
-            raise ConfigError(
-                f"privacy.epsilon={epsilon:g} cannot be kept over {steps} steps at rate {rate:g} with useful noise. "
-                "Raise it, or lower federation.rounds, privacy.steps or privacy.batch."
-            )
+            raise ConfigError(_HOPELESS.format(epsilon=epsilon, steps=steps, rate=rate))
     while low > math.log(_LEAST_SIGMA) and excess(low) <= 0.0:
         low, high = max(low - _STRIDE, math.log(_LEAST_SIGMA)), low
     found = high if excess(low) <= 0.0 else brentq(excess, low, high, xtol=_PRECISION)
@@ -138,4 +142,4 @@ def _guess(epsilon: float, delta: float, rate: float, steps: int) -> float:
 
     mu = math.exp(brentq(gap, math.log(1e-4 * epsilon), math.log(epsilon + 40.0)))
     sigma = math.log1p(mu**2 / (rate**2 * steps)) ** -0.5
-    return math.log(min(max(sigma, _LEAST_SIGMA), _LARGEST_SIGMA))
+    return math.log(max(sigma, _LEAST_SIGMA))

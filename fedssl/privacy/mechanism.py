@@ -41,6 +41,12 @@ class Mechanism:
     loss_share: float
     images: int
 
+    def __post_init__(self) -> None:
+        """Refuse shares that would leave the gradients too little noise, whoever made them."""
+        assert min(self.vote_share, self.loss_share) > 0.0
+        assert self.vote_share + self.loss_share < 1.0
+        assert min(self.batch, self.steps, self.images, self.clip) > 0
+
     @property
     def vote_sigma(self) -> float:
         """Noise of the votes, in units of their bound."""
@@ -79,7 +85,7 @@ def released(total: Float[Tensor, "..."], *, bound: float, sigma: float) -> Floa
 
 def clipped(value: Float[Tensor, "..."], bound: float) -> Float[Tensor, "..."]:
     """Scale to an L2 norm of at most ``bound``; what is not finite adds nothing."""
-    norm = float(torch.linalg.vector_norm(value, dtype=torch.float64))
+    norm = (1.0 + _ROUNDING) * float(torch.linalg.vector_norm(value, dtype=torch.float64))
     return value * clip_factor(norm, bound) if norm < float("inf") else torch.zeros_like(value)
 
 

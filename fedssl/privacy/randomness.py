@@ -18,7 +18,7 @@ _RESOLUTION = 2.0**-53
 
 
 def _uniform(count: int) -> Float[Tensor, " count"]:
-    """Draw numbers above 0 and below 1, with 53 random bits each, in float64."""
+    """Draw numbers above 0, and up to 1, with 53 random bits each, in float64."""
     cipher = Cipher(algorithms.AES256(os.urandom(32)), modes.CTR(bytes(16))).encryptor()
     stream = bytearray(cipher.update(bytes(8 * count)))
     whole = torch.frombuffer(stream, dtype=torch.int64) if count else torch.empty(0, dtype=torch.int64)

@@ -61,7 +61,8 @@ def test_what_leaves_a_site_is_what_was_decided_and_nothing_else(method):
     buffers = {name for name, _ in built.named_buffers()}
     assert not buffers & set(state)
     learned = {name for name, parameter in built.named_parameters() if parameter.requires_grad}
-    assert set(state) == learned | MOVED_BY_VOTES.get(method, set())  # all that learns is shared; slow copies, queues and statistics are not
+    # all that learns is shared; slow copies, queues and statistics are not
+    assert set(state) == learned | MOVED_BY_VOTES.get(method, set())
     assert not any("target" in name or "queue" in name or "running" in name for name in state)
 
 

@@ -313,7 +313,7 @@ def test_versions_that_differ_are_refused_with_both_sides_named(tiny, tmp_path, 
         return content
 
     monkeypatch.setattr(wire, "write_order", older)
-    with pytest.raises(FederationError, match=r"has fedssl .* \(protocol 3\), the server '0\.0\.9' \(protocol 2\)"):
+    with pytest.raises(FederationError, match=r"has fedssl .* \(protocol 4\), the server '0\.0\.9' \(protocol 2\)"):
         simulate([*tiny, f"run_dir={tmp_path / 'run'}"])
 
 

@@ -227,6 +227,27 @@ def test_a_layer_of_another_name_that_looks_at_the_other_rows_is_found_out():
         require_separable(method, in_chans=1, edge=32)
 
 
+def test_a_layer_that_looks_at_the_other_rows_only_in_training_is_found_out():
+    class Sly(torch.nn.Module):
+        def forward(self, rows):
+            return rows - rows.mean(0) if self.training else rows
+
+    method = clustering()
+    method.projector[1] = Sly()
+    with pytest.raises(ConfigError, match="depends on the other images"):
+        require_separable(method, in_chans=1, edge=32)
+
+
+@pytest.mark.parametrize("option", ["drop_rate", "drop_path_rate"])
+def test_dropout_is_refused_because_its_mask_couples_the_batch(option):
+    from fedssl.build import check_settings
+    from fedssl.build_privacy import check_privacy
+
+    config = load(["data.root=.", "encoder=vit_small_patch16_224", f"encoder.options.{option}=0.1", "privacy=patient"])
+    with pytest.raises(ConfigError, match="mask follows a seed"):
+        check_privacy(config, check_settings(config))
+
+
 def test_sound_methods_pass():
     for make in (clustering, byol):
         assert isinstance(require_separable(make(), in_chans=1, edge=32), SeparableMethod)

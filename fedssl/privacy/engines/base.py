@@ -21,7 +21,7 @@ class Gradients:
     """What the drawn patients add up to.
 
     Attributes:
-        total: sum of the clipped gradients, a tensor a trained parameter.
+        total: sum of the clipped gradients in float64, a tensor a trained parameter.
         losses: [patients] loss of each; not finite where a patient's images make none.
     """
 
@@ -54,9 +54,10 @@ class Engine(ABC):
 
     def votes(self) -> Float[Tensor, " votes"]:
         """Sum of the patients' votes, each clipped to the bound: one that is not finite adds nothing."""
-        method, total = self.method, torch.zeros(self.method.num_votes, device=self.parameters[0].device)
+        method, device = self.method, self.parameters[0].device
+        total = torch.zeros(method.num_votes, dtype=torch.float64, device=device)
         for points in self.points():
-            total += clipped(method.vote(points, present(points)), method.vote_bound)
+            total += clipped(method.vote(points, present(points)).double(), method.vote_bound)
         return total
 
     def points(self) -> Iterator[list[Tensor]]:
@@ -71,8 +72,8 @@ class Engine(ABC):
         """Sum of the gradients of each patient's loss, each clipped to an L2 norm of ``clip`` over all parameters."""
 
     def zeros(self) -> list[Tensor]:
-        """The sum where nobody was drawn."""
-        return [torch.zeros_like(parameter) for parameter in self.parameters]
+        """The sum where nobody was drawn, in float64: in float32 what is added late is rounded by what came before."""
+        return [torch.zeros_like(parameter, dtype=torch.float64) for parameter in self.parameters]
 
 
 def present(points: Sequence[Tensor]) -> Tensor:

@@ -58,11 +58,17 @@ class Ghost(Engine):
 
     @staticmethod
     def fits(method: SeparableMethod) -> bool:
-        """Tell whether Opacus knows every layer that has parameters."""
-        return all(
-            type(layer) in _KNOWN
+        """Tell whether Opacus knows every layer that has parameters, as it is set, and none shares them."""
+        layers = [
+            layer
             for layer in method.modules()
             if layer is not method and any(value.requires_grad for value in layer.parameters(recurse=False))
+        ]
+        owned = [value for layer in layers for value in layer.parameters(recurse=False)]
+        return (
+            all(type(layer) in _KNOWN for layer in layers)
+            and len({id(value) for value in owned}) == len(owned)
+            and all(layer.padding_mode == "zeros" for layer in layers if isinstance(layer, nn.Conv2d))
         )
 
     def gradients(self, clip: float) -> Gradients:
@@ -128,6 +134,8 @@ class Ghost(Engine):
                 gradient = next(gradients).float()
                 with torch.no_grad():
                     rows = sampler(layer, [activation.detach().float()], gradient)
+                if len(activation) % (patients * images):  # rows that are no images: windows, tokens
+                    raise RuntimeError("a layer's rows are no images")
                 for parameter, row in rows.items():
                     # embed() joins views of one size, each with all patients' images
                     by_patient = row.reshape(-1, patients, images, *parameter.shape).sum((0, 2))

@@ -52,4 +52,4 @@ class Loop(Engine):
                     own.add_(part, alpha=factor)
             losses.append(loss.detach())
         self.kept = []
-        return Gradients(total, torch.stack(losses) if losses else total[0].new_zeros(0))
+        return Gradients(total, torch.stack(losses) if losses else parameters[0].new_zeros(0))

@@ -14,6 +14,7 @@ from fedssl.privacy.engines.base import Engine, Gradients, Unit
 from fedssl.privacy.mechanism import clip_factor
 
 _CHUNK = 8
+_ROUNDING = 1e-6  # of a clipped gradient in float32
 
 
 class _PatientLoss(nn.Module):
@@ -39,7 +40,8 @@ class Vectorised(Engine):
             views, there = stacked(self.units[start : start + _CHUNK])
             found, loss = gradients_of(trained, views, there)
             squares = torch.stack([part.double().flatten(1).square().sum(1) for part in found.values()]).sum(0)
-            factors = squares.new_tensor([clip_factor(norm, clip) for norm in squares.sqrt().tolist()])
+            norms = ((1.0 + _ROUNDING) * squares.sqrt()).tolist()
+            factors = squares.new_tensor([clip_factor(norm, clip) for norm in norms])
             for own, part in zip(total, found.values(), strict=True):
                 add_weighted(own, part, factors)
             losses.append(loss.detach())
@@ -75,4 +77,5 @@ def stacked(units: Sequence[Unit]) -> tuple[list[Tensor], Tensor]:
 def add_weighted(total: Tensor, parts: Tensor, factors: Tensor) -> None:
     """Add the patients' parts [patients, ...] times their factors; a factor of 0 leaves out what is not finite."""
     used = factors > 0
-    total.add_(torch.tensordot(factors[used].to(parts.dtype), parts[used], dims=1))
+    for factor, part in zip(factors[used].tolist(), parts[used], strict=True):
+        total.add_(part, alpha=factor)
