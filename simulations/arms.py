@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fedssl.build_images import simulated_sites
+from fedssl.build_privacy import by_patient
 from fedssl.config import Config
 from fedssl.data.batches import Batches
 from fedssl.data.cache import ImageStore, Subset
@@ -49,6 +50,11 @@ def plan_arms(config: Config, store: ImageStore, overrides: Sequence[str]) -> li
         raise ConfigError(
             "With training.local_seconds nobody knows how many images an arm sees. Set simulation.arms=[federated], or "
             "training.local_epochs or training.local_steps."
+        )
+    if by_patient(config) and set(config["simulation"]["arms"]) != {FEDERATED}:
+        raise ConfigError(
+            "With privacy=patient nobody may know how many images a site sees, so that no arm can see equally many. "
+            "Set simulation.arms=[federated]; python -m simulations.privacy_table compares runs with and without noise."
         )
     arms = [Arm(FEDERATED, _title(config, sites), folder, list(overrides), len(sites))]
     for name in config["simulation"]["arms"]:

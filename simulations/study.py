@@ -8,6 +8,7 @@ from fedssl import config as settings
 from fedssl import progress
 from fedssl.build import build_aggregator, check_settings
 from fedssl.build_images import chosen_sites, open_images, simulated_sites
+from fedssl.build_privacy import by_patient
 from fedssl.config import Config
 from fedssl.data.cache import ImageStore
 from fedssl.errors import ConfigError
@@ -23,7 +24,7 @@ from simulations.run import simulate
 
 _OF_THE_STUDY = ("run_dir=", "name=", "resume=", "overwrite=", "simulation.arms=", "study.", "evaluation.")
 _NOT_IN_A_VARIANT = (  # what would compare other images, other splits or another architecture
-    "data", "simulation", "study", "evaluation", "encoder", "federation.sites", "federation.patience",
+    "data", "privacy", "simulation", "study", "evaluation", "encoder", "federation.sites", "federation.patience",
     "federation.participation", "training.local_seconds", "training.device", "run_dir", "name", "resume", "overwrite",
     "seed", "+experiment", "experiment",
 )  # fmt: skip
@@ -75,6 +76,11 @@ def _refusals(config: Config) -> Iterator[tuple[bool, str]]:
         config["training"]["local_seconds"] is not None,
         "with training.local_seconds nobody knows how many images an arm sees: set training.local_epochs or "
         "training.local_steps",
+    )
+    yield (
+        by_patient(config),
+        "with privacy=patient patients are split in another way and arms cannot see equally many images: compare with "
+        "python -m simulations.privacy_table",
     )
     yield (
         config["federation"]["patience"] is not None,

@@ -22,6 +22,7 @@ from fedssl.run_folder import RunFolder
 from fedssl.site.ledger import Ledger
 from fedssl.storage import read_jsonl
 from fedssl.update import METRICS
+from simulations import privacy_table
 from simulations.run import simulate
 
 FIRST = {"partition-id": 0}
@@ -225,6 +226,28 @@ def test_a_patient_with_too_many_images_does_not_train_and_only_the_site_is_told
     assert any(
         isinstance(event, Note) and event.alarm and "more than privacy.most_images=2" in event.text for event in heard
     )
+
+
+def test_arms_that_should_see_equally_many_images_are_refused(private):
+    with pytest.raises(ConfigError, match=r"simulation\.arms=\[federated\].*privacy_table"):
+        simulate([*private, "simulation.arms=[federated,pooled]"])
+
+
+def test_the_table_of_epsilons_is_made_of_arms_with_equal_splits_and_goes_on_where_it_was(
+    private, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(privacy_table, "SEEDS", (0,))
+    monkeypatch.setattr(privacy_table, "_EPSILONS", (8.0,))
+    settings = [*private, "federation.rounds=1", "evaluation.bootstrap=20", "evaluation.seeds=1"]
+    privacy_table.main(settings)
+    cells = json.loads((tmp_path / "run" / "privacy.json").read_text())
+    assert {cell["method"] for cell in cells} == {"epsilon inf", "epsilon 8", "random weights"}
+    told = [row for row in read_jsonl(tmp_path / "run" / "epsilon inf-0" / "metrics.jsonl") if "epsilon" in row]
+    assert told == []
+    images = {(tmp_path / "run" / f"{name}-0" / "images.json").read_text() for name in ("epsilon inf", "epsilon 8")}
+    assert len(images) == 1
+    monkeypatch.setattr(privacy_table, "_train", lambda *_: pytest.fail("it trained again"))
+    privacy_table.main(settings)
 
 
 def test_a_delta_too_large_for_the_stated_patients_is_refused(private):

@@ -172,6 +172,7 @@ def test_labels_that_do_not_fit_are_said_before_anything_trains(hospitals, tmp_p
         ("study.arms=[federated] study.leave_one_out=true", "needs scratch"),
         ("simulation.partition=iid", "real sites"),
         ("training.local_seconds=5", "how many images"),
+        ("privacy=patient", "privacy_table"),
         ("study.finetune.lr=-1", "finetune.lr"),
         ("study.tasks={a: {lable: x}}", "study.tasks must be"),
         ("study.variants={a: simclr}", "study.variants must be"),

@@ -126,7 +126,8 @@ def test_fits_belong_to_images_labels_patients_and_splits(tiny):
 @pytest.mark.parametrize(
     "changed",
     ["data.test_fraction=0.0", "data.unseen_sites=[]", "simulation.partition=iid", "encoder=resnet18", "seed=3",
-     "encoder.in_chans=3", "federation.sites=[EAST]", "federation.participation=0.5", "evaluation.seeds=1"],
+     "encoder.in_chans=3", "federation.sites=[EAST]", "federation.participation=0.5", "evaluation.seeds=1",
+     "privacy=patient"],
 )  # fmt: skip
 def test_a_variant_changes_neither_images_nor_splits_nor_the_encoder(tiny, changed):
     config = load([*tiny, f'study.variants={{a: ["{changed}"]}}'])
