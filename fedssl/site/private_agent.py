@@ -74,6 +74,7 @@ class PrivateSiteAgent(SiteAgent):
             raise ConfigError(f"cannot train this method privately: {self.method.couples}")
         self.private_method: SeparableMethod = self.method
         self.terms = terms
+        self._told: set[str] = set()
 
     @property
     def examples(self) -> int:
@@ -135,6 +136,10 @@ class PrivateSiteAgent(SiteAgent):
         """Accept: a private site never starts from weights of its own, which would carry no noise."""
 
     def _tell(self, text: str) -> None:
+        """Say something once, to the hospital alone."""
+        if text in self._told:
+            return
+        self._told.add(text)
         progress.publish(progress.Note(f"Site {self.site} (this stays here): it {text}.", alarm=True))
 
     def train(
@@ -166,6 +171,7 @@ class PrivateSiteAgent(SiteAgent):
         if known is not None:
             return self._let_go(order, known)
         self.check()
+        self.engine.see([])  # made, or refused, before it costs anything
         self._check_bound()
         reservation = ledger.reserve(
             order.run, order.number, mechanism.spend, cap=self.terms.cap, run_cap=self.terms.run_cap

@@ -103,6 +103,8 @@ def test_an_engine_that_gives_another_sum_than_the_loop_is_left_out(monkeypatch,
     monkeypatch.setattr(choice, "ENGINES", {"loop": Loop, "wrong": Wrong})
     assert type(choose("auto", clustering())) is Loop
     assert "wrong" not in heard[-1].text
+    with pytest.raises(ConfigError, match="does not give the loop's gradients"):
+        choose("wrong", clustering())
 
 
 def test_auto_measures_all_engines_on_noise_and_says_which_it_takes_and_why(heard):

@@ -42,11 +42,16 @@ def choose_engine(
         raise ConfigError(
             "privacy.engine=ghost does not know a layer of this encoder. Use privacy.engine=auto, loop or vmap."
         )
-    if name in ENGINES:
-        return ENGINES[name](method, autocast)
-    if name != AUTO:
+    if name not in {AUTO, *ENGINES}:
         raise ConfigError(f"privacy.engine={name} does not exist; there are auto, {', '.join(ENGINES)}.")
     noise = _noise_patients(views, images, in_chans, next(method.parameters()).device)
+    if name in ENGINES:
+        truth = _sum(ENGINES["loop"](method, nullcontext), noise)
+        if name != "loop" and not _agrees(ENGINES[name](method, nullcontext), noise, truth):
+            raise ConfigError(
+                f"privacy.engine={name} does not give the loop's gradients of this encoder; use auto or loop."
+            )
+        return ENGINES[name](method, autocast)
     speeds = {name: _patients_a_second(engine, noise) for name, engine in _fitting(method, autocast, noise)}
     best = max(speeds, key=lambda name: speeds[name])
     figures = ", ".join(f"{name} {speed:.1f}" for name, speed in speeds.items())
