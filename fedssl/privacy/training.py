@@ -56,37 +56,24 @@ def train_private_round(
     Raises:
         FederationError: the weights are no longer finite.
     """
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # else the others round a patient's gradient
-        return _train(engine, optimizer, cohort, views, place, mechanism, pairing, correction)
-
-
-def _train(
-    engine: Engine,
-    optimizer: Optimizer,
-    cohort: Cohort,
-    views: Views,
-    place: Round,
-    mechanism: Mechanism,
-    pairing: str,
-    correction: Correction | None,
-) -> Trained:
     method = engine.method
     method.train()
     method.begin_round()
     told = _Told(mechanism, method.highest_loss, torch.zeros(method.num_prototypes))
     drawn = cohort.steps(mechanism.steps, rate=mechanism.rate, most=mechanism.images, pairing=pairing)
-    for step, batches in enumerate(drawn, start=1):
-        overall = (place.number - 1 + (step - 1) / mechanism.steps) / place.rounds
-        set_rate(optimizer, place.schedule(overall))
-        method.begin_step(overall)
-        engine.see(_units(batches, views, engine))
-        _release_votes(engine, mechanism, told)
-        _release_gradients(engine, mechanism, told)
-        if correction is not None:
-            correction.apply()
-        optimizer.step()
-        method.after_step()
-        told.notice(place, step)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # else the others round a patient's gradient
+        for step, batches in enumerate(drawn, start=1):
+            overall = (place.number - 1 + (step - 1) / mechanism.steps) / place.rounds
+            set_rate(optimizer, place.schedule(overall))
+            method.begin_step(overall)
+            engine.see(_units(batches, views, engine))
+            _release_votes(engine, mechanism, told)
+            _release_gradients(engine, mechanism, told)
+            if correction is not None:
+                correction.apply()
+            optimizer.step()
+            method.after_step()
+            told.notice(place, step)
     engine.see([])  # no patient's views stay in memory
     if not all(bool(torch.isfinite(parameter).all()) for parameter in method.parameters()):
         raise FederationError("its weights are no longer finite after private training. Lower optim.lr")
