@@ -185,7 +185,8 @@ class Ledger:
         if entries and entries[0]["delta"] != self.delta:
             raise PrivacyError(
                 f"The privacy ledger counts at delta {entries[0]['delta']:g} and was asked to count at {self.delta:g}. "
-                f"One account has one delta: set privacy.delta={entries[0]['delta']:g}."
+                "One account has one delta: a hospital keeps the privacy profile that it began with (and lowers its "
+                f"epsilon-cap to be stricter); a simulation sets privacy.delta={entries[0]['delta']:g}."
             )
 
     def _within(self, cap: float, spent: list[Spend], spend: Spend, what: str, whose: str) -> float:
