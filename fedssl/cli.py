@@ -1,6 +1,7 @@
 """The command ``fedssl``: verbs that call the library and turn its errors into sentences and exit codes."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -8,8 +9,12 @@ from typing import Annotated
 import typer
 
 from fedssl.cli_audit import audit
+from fedssl.cli_consortium import certificates, install, provision, request, revoke, sign
+from fedssl.cli_deployment import server, site
+from fedssl.cli_egress import egress
 from fedssl.cli_evidence import finetune, predict, study
 from fedssl.cli_privacy import privacy_app
+from fedssl.cli_status import status
 from fedssl.errors import ConfigError
 from fedssl.explained import RESUME, FormatOption, Overrides, explained
 from fedssl.printing import Format, print_headline, print_index, print_json, print_line, print_table
@@ -22,7 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated self-supervised pretraining for medical images.\n\n"
     "Start with `fedssl demo`, then point `fedssl simulate data.root=FOLDER` at your own images.\n\n"
-    "Exit codes: 0 done, 1 unforeseen, 2 configuration, 3 data, 4 federation, 5 disk, 6 privacy, 130 interrupted.",
+    "Exit codes: 0 done, 1 unforeseen, 2 configuration, 3 data, 4 federation, 5 disk, 6 privacy, 7 policy, "
+    "130 interrupted.",
 )
 
 
@@ -202,8 +208,14 @@ def _write_report(folder: Path) -> None:
     print_line(f"Report: {path}")
 
 
-for verb in (study, finetune, predict, audit):
-    app.command()(verb)
+_VERBS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Commands": (study, finetune, predict, audit),
+    "A consortium's identities": (provision, request, sign, install, revoke, certificates),
+    "A consortium at work": (server, site, status, egress),
+}
+for panel, verbs in _VERBS.items():
+    for verb in verbs:
+        app.command(rich_help_panel=panel)(verb)
 app.add_typer(privacy_app)
 
 if __name__ == "__main__":

@@ -40,6 +40,12 @@ class PrivacyError(FedsslError):
     exit_code = 6
 
 
+class PolicyError(FedsslError):
+    """The hospital's policy does not admit what was asked (exit code 7)."""
+
+    exit_code = 7
+
+
 class UpdateRefused(FederationError):  # noqa: N818 - an answer is refused; the run goes on with the others
     """One site's answer does not fit the shared state; ``site`` and ``reason`` say which and why."""
 

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -199,6 +200,20 @@ def write_json_durably(path: Path, value: Any, what: str) -> None:  # noqa: ANN4
         _flush(path.parent)
     except OSError as error:
         raise _explained(error, what, "Free space") from error
+
+
+def new_secret(path: Path, mode: int) -> None:
+    """Write 32 random bytes to a file that must not exist, readable as ``mode`` says from its first moment.
+
+    Raises:
+        OSError: it exists or cannot be written.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        os.write(descriptor, secrets.token_bytes(32))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def state_folder() -> Path:

@@ -55,6 +55,7 @@ def _federation(federation: Mapping[str, Any]) -> Rules:
     yield (_whole(federation["min_sites"], 1), "federation.min_sites must be a whole number of at least 1")
     yield (_positive(federation["deadline_s"]), "federation.deadline_s must be above 0")
     yield (_positive(federation["wait_s"]), "federation.wait_s must be above 0")
+    yield (federation["rejoin_s"] == 0 or _positive(federation["rejoin_s"]), "federation.rejoin_s must be 0 or more")
     yield (
         federation["sites"] is None or (isinstance(federation["sites"], list) and len(federation["sites"]) > 0),
         "federation.sites must be null or a list of names",

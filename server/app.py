@@ -14,6 +14,7 @@ from fedssl.checkpoint import Checkpoint
 from fedssl.config import Config
 from fedssl.methods.base import Method
 from fedssl.run_folder import RunFolder
+from server.chronicle import chronicled
 from server.exchange import Plan
 from server.record import Recorder
 from server.remedy import Remedy
@@ -26,6 +27,11 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run or resume the federation that ``overrides`` in the run's configuration describes."""
     config = settings.load(settings.overrides_of(str(context.run_config.get("overrides", ""))))
+    with chronicled(Path(config["run_dir"])):
+        _run(grid, config)
+
+
+def _run(grid: Grid, config: Config) -> None:
     fingerprint = settings.fingerprint(config)
     folder = RunFolder(Path(config["run_dir"]))
     method = check_settings(config)
@@ -76,5 +82,5 @@ def _plan(config: Config, checkpoint: Checkpoint, method: Method, least_sites: i
         federation["participation"], config["seed"], federation["precision"], federation["largest_change"],
         federation["equipartition"], federation["sinkhorn_iterations"],
         max(training["batch_size"], privacy["batch"]), training["local_epochs"], training["local_steps"],
-        training["local_seconds"] is not None, privacy["steps"],
+        training["local_seconds"] is not None, privacy["steps"], federation["rejoin_s"],
     )  # fmt: skip

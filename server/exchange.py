@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedssl import progress
 from fedssl.errors import FederationError
 from fedssl.update import MOST_IMAGES
 
 _POLL_S = 0.05
+_LISTEN_S = 1.0
+_MOST_ASKED = 8  # times that one question is asked
+_LOST = {3, 4, 5, 8}  # Flower's codes for a node or a relay that was stopped, not for one that failed by itself
 _GRACE_S = 600.0  # answers stay at the SuperLink while earlier ones are folded
 
 
@@ -38,6 +42,7 @@ class Plan:
         local_steps: of a round instead, or None.
         private_steps: of a round at a private site; 0 where there is none.
         timed: a round lasts so long as the clock says: nobody knows how many steps.
+        rejoin_s: how long a site that took part is waited for when its node is gone.
     """
 
     run: str
@@ -59,6 +64,7 @@ class Plan:
     local_steps: int | None = None
     timed: bool = False
     private_steps: int = 0
+    rejoin_s: float = 0.0
 
     def most_steps(self, images: float) -> float:
         """Bound the optimiser steps of a site with so many images: at least two are in a step."""
@@ -95,11 +101,32 @@ def pull(grid: Grid, message_id: str, deadline: float = 0.0) -> Message | None:
 def ask(
     grid: Grid, contents: Mapping[int, RecordDict], kind: str, plan: Plan, deadline: float
 ) -> Iterator[tuple[int, Message | None]]:
-    """Send each node its content and give the answers one by one, in the order given; None for those not in time."""
-    waiting = push(grid, contents, kind, plan)
-    del contents  # it need not stay in memory while the sites work
-    for node, message_id in waiting.items():
-        yield node, pull(grid, message_id, deadline)
+    """Send each node its content and give the answers one by one, in the order given; None for those not in time.
+
+    A node or a relay that was killed is asked again when it is back: a site gives the same answer to the same question.
+    """
+    for node, message_id in push(grid, contents, kind, plan).items():
+        answer = pull(grid, message_id, deadline)
+        for _ in range(_MOST_ASKED):
+            if not lost(answer) or not _is_back(grid, node, min(deadline, time.monotonic() + plan.rejoin_s)):
+                break
+            progress.publish(progress.Note(f"Node {node} was interrupted ({failure(answer)}) and is asked again"))
+            answer = pull(grid, push(grid, {node: contents[node]}, kind, plan)[node], deadline)
+        yield node, answer
+
+
+def lost(answer: Message | None) -> bool:
+    """Tell whether a question was lost with the process that held it."""
+    return answer is not None and answer.has_error() and answer.error.code in _LOST
+
+
+def _is_back(grid: Grid, node: int, deadline: float) -> bool:
+    """Wait for a node until the deadline."""
+    while time.monotonic() < deadline:
+        if node in set(grid.get_node_ids()):
+            return True
+        time.sleep(_LISTEN_S)
+    return False
 
 
 def failure(answer: Message | None) -> str:

@@ -2,6 +2,7 @@
 
 import statistics
 from dataclasses import replace
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
 
@@ -51,6 +52,7 @@ class Recorder:
             self.folder.record_site(result.number, site, {**metrics, **drift})
         row: dict[str, Any] = {
             "round": result.number,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "train/loss": loss,
             "ssl/prototype_agreement": result.agreement,
             "ssl/collapse": result.signs,

@@ -12,11 +12,12 @@ from flwr.serverapp import Grid
 from fedssl import progress, wire
 from fedssl.errors import FederationError
 from fedssl.order import Order
-from server.exchange import Plan, failure, pull, push, require
+from server.exchange import Plan, failure, lost, pull, push, require
 
 _GONE = "is not connected"
 _SECOND = "is the second node that says it is this site; stop one"
 _LISTEN_S, _POLL_S = 1.0, 0.1
+_MOST_LOST = 5
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Roster:
         self._asked: dict[int, str] = {}  # nodes that have not answered yet, with the message
         self._refused: dict[int, wire.Refusal] = {}  # nodes that cannot take part, with their last word
         self._told: dict[str, str] = {}
+        self._lost = 0  # answers to the roll call that were lost with the process that held them
 
     def open(self) -> None:
         """Wait for the sites on the list, or for a quorum, to connect and to say who they are.
@@ -57,11 +59,12 @@ class Roster:
         self._ask(self._nodes)
         begin = time.monotonic()
         patience = self.plan.deadline_s if self.plan.sites else self.plan.wait_s
-        while self._asked:
-            self._listen()
+        while True:
+            self._look(again=False)
             waited = time.monotonic() - begin
             enough = len(self._members) >= self.plan.min_sites and waited > min(patience, self.plan.deadline_s)
-            if not self._asked or enough or waited > self.plan.deadline_s:
+            missing = self._lost and waited < self.plan.rejoin_s and set(self.plan.sites) - self._members.keys()
+            if not (self._asked or missing) or enough or waited > self.plan.deadline_s:
                 break
             self._say("roll call", f"Waiting for the answers of {len(self._asked)} of {len(self._nodes)} sites")
             time.sleep(_POLL_S)
@@ -70,9 +73,19 @@ class Roster:
         progress.publish(progress.Note(f"{len(self._members)} sites take part: {', '.join(sorted(self._members))}"))
 
     def refresh(self) -> None:
-        """Before a round: let in who came late, and notice who is gone; wait only while the quorum is not there."""
-        deadline = time.monotonic() + self.plan.wait_s
+        """Before a round: let in who came late, and notice who is gone.
+
+        It waits while the quorum is not there, and ``rejoin_s`` for a site that has just gone: it may be restarting.
+        """
+        before = self._there().keys()
+        back = time.monotonic() + self.plan.rejoin_s
         self._look(again=True)
+        while (gone := before - self._there().keys()) and time.monotonic() < back:
+            self._say("gone", f"Waiting up to {self.plan.rejoin_s:.0f} s for {', '.join(sorted(gone))} to be back")
+            time.sleep(_LISTEN_S)
+            self._look(again=False)
+        self._told.pop("gone", None)
+        deadline = time.monotonic() + self.plan.wait_s
         while len(self._there()) < self.plan.min_sites and time.monotonic() < deadline:
             self._say("quorum", f"Waiting up to {self.plan.wait_s:.0f} s for {self.plan.min_sites} sites to be back")
             time.sleep(_LISTEN_S)
@@ -134,6 +147,9 @@ class Roster:
                 continue
             del self._asked[node]
             self._refused.pop(node, None)
+            if lost(message) and self._lost < _MOST_LOST * len(self._nodes):
+                self._lost += 1
+                continue  # it is asked again when it is back
             answer = self._enter(_read_presence(message, node), node)
             if isinstance(answer, wire.Refusal):
                 self._refused[node] = answer

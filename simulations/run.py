@@ -29,7 +29,7 @@ def simulate(overrides: Sequence[str]) -> tuple[Config, list[Arm]]:
         FedsslError: with a sentence that says what to do.
     """
     from client.app import app as client_app
-    from client.app import forget_sites
+    from fedssl.answering import forget_sites
     from server.app import app as server_app
 
     logging.getLogger("flwr").setLevel(logging.ERROR)

@@ -19,7 +19,7 @@ REMEDY = (
     "who were never counted in this one."
 )
 DIGEST = re.compile(r"[0-9a-f]{64}")
-_START = "0" * 64  # what the first entry names as the hash of the one before it
+START = "0" * 64  # what the first entry names as the hash of the one before it
 _SHARED = {"number": int, "previous": str, "kind": str, "time": str, "hash": str}
 _FIELDS: dict[str, dict[str, type]] = {
     "open": {"ledger": str, "site": str, "delta": float},
@@ -54,9 +54,9 @@ def canonical(entry: Entry) -> bytes:
     return json.dumps(entry, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
-def sealed(entries: list[Entry], fields: Entry) -> Entry:
-    """Make the entry that follows on ``entries``: with its number, the hash of the one before, and its own."""
-    entry = {"number": len(entries), "previous": entries[-1]["hash"] if entries else _START, **fields}
+def sealed(last: Entry | None, fields: Entry) -> Entry:
+    """Make the entry that follows on ``last``, or the first: with its number, the hash of the one before, its own."""
+    entry = {"number": last["number"] + 1 if last else 0, "previous": last["hash"] if last else START, **fields}
     return entry | {"hash": hashlib.sha256(canonical(entry)).hexdigest()}
 
 
@@ -122,7 +122,7 @@ class Verifier:
     def _wrong_place(self, entry: Entry) -> str:
         if entry["number"] != len(self.entries):
             return f"it says that it is entry {entry['number']}"
-        if entry["previous"] != (self.entries[-1]["hash"] if self.entries else _START):
+        if entry["previous"] != (self.entries[-1]["hash"] if self.entries else START):
             return "it does not follow on the entry before it"
         if (entry["kind"] == "open") != (not self.entries):
             return "a ledger is opened by its first entry, once"

@@ -39,18 +39,23 @@ class Chain:
 
 
 @contextlib.contextmanager
-def held(path: Path, *, writing: bool) -> Iterator[None]:
-    """Lock the ledger: one process writes while all others wait. A reader makes no file.
+def held(path: Path, *, writing: bool, what: str = _WHAT) -> Iterator[None]:
+    """Lock a chain's file: one process writes while all others wait. A reader makes no file.
+
+    Args:
+        path: the file.
+        writing: whether it is made if it is not there, and whether readers wait too.
+        what: the thing in words, for notes and errors.
 
     Raises:
         StorageError: the file cannot be opened or made.
     """
     if writing:
-        private_folder(path.parent, _WHAT)
+        private_folder(path.parent, what)
     try:
-        descriptor = _locked(path, writing=writing)
+        descriptor = _locked(path, what, writing=writing)
     except OSError as error:
-        raise _refused("opened", error) from error
+        raise refused("opened", error, what) from error
     if descriptor is None:
         yield
         return
@@ -61,11 +66,11 @@ def held(path: Path, *, writing: bool) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _locked(path: Path, *, writing: bool) -> int | None:
+def _locked(path: Path, what: str, *, writing: bool) -> int | None:
     """Lock the file that has the name ``path`` at the moment when the lock is there; None: there is none to read."""
     while writing or path.exists():
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT if writing else os.O_RDONLY, 0o600)
-        _wait(descriptor, fcntl.LOCK_EX if writing else fcntl.LOCK_SH)
+        _wait(descriptor, fcntl.LOCK_EX if writing else fcntl.LOCK_SH, what)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), path.stat()):  # else another copy was put there meanwhile
                 return descriptor
@@ -73,11 +78,11 @@ def _locked(path: Path, *, writing: bool) -> int | None:
     return None
 
 
-def _wait(descriptor: int, kind: int) -> None:
+def _wait(descriptor: int, kind: int, what: str) -> None:
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
-        progress.publish(progress.Note("Waiting for another fedssl process that uses the privacy ledger."))
+        progress.publish(progress.Note(f"Waiting for another fedssl process that uses {what}."))
         fcntl.flock(descriptor, kind)
 
 
@@ -114,11 +119,14 @@ def _content(path: Path) -> bytes:
     except FileNotFoundError:
         return b""
     except OSError as error:
-        raise _refused("read", error) from error
+        raise refused("read", error) from error
 
 
-def _refused(deed: str, error: OSError) -> StorageError:
-    return StorageError(f"The privacy ledger or its anchor cannot be {deed} ({error.strerror}). Check the rights.")
+def refused(deed: str, error: OSError, what: str = _WHAT) -> StorageError:
+    """Say that the system does not let a file be opened, read or written."""
+    return StorageError(
+        f"{what[0].upper()}{what[1:]} or its anchor cannot be {deed} ({error.strerror}). Check the rights."
+    )
 
 
 def _known_to(anchor: Path, entries: list[Entry]) -> int | None:
@@ -157,7 +165,7 @@ def settle(path: Path, anchor: Path, chain: Chain) -> None:
         try:
             os.truncate(path, chain.length)
         except OSError as error:
-            raise _refused("written", error) from error
+            raise refused("written", error) from error
         progress.publish(progress.Note("An entry of the privacy ledger that a process had not finished was removed."))
     last = len(chain.entries) - 1
     if last < 0 or chain.anchored == last:
@@ -189,7 +197,7 @@ def append(path: Path, anchor: Path, entries: list[Entry], fields: Entry) -> Ent
     Raises:
         StorageError: a disk is full or a file cannot be written.
     """
-    entry = sealed(entries, fields)
+    entry = sealed(entries[-1] if entries else None, fields)
     append_durably(path, canonical(entry) + b"\n", _WHAT)
     entries.append(entry)
     _write_anchor(path, anchor, entries)

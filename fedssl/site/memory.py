@@ -85,6 +85,7 @@ class SiteMemory:
         facts = {
             "received": received, "order": asdict(replace(order, ledger="")), "site": update.site,
             "examples": update.examples, "steps": update.steps, "metrics": dict(update.metrics),
+            "independent": update.independent,
         }  # fmt: skip
         save_tensors(self._file(order.run, f"answer_{order.number:05d}"), tensors, facts, _WHAT)
 
@@ -108,7 +109,7 @@ class SiteMemory:
         }
         return Update(
             facts["site"], rooms["state"], facts["examples"], facts["steps"], rooms["counts"].get("mass"),
-            rooms["counts"].get("usage"), facts["metrics"],
+            rooms["counts"].get("usage"), facts["metrics"], independent=facts["independent"],
         )  # fmt: skip
 
     def keep_scores(self, order: Order, scores: Scores, released: Bool[Tensor, " prototypes"]) -> None:

@@ -1,0 +1,160 @@
+"""The hospital's desk: the policy first, then the agent, then the manifest, and only then the answer leaves."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from flwr.app import RecordDict
+
+from fedssl import progress, wire
+from fedssl.answering import Answer, answer
+from fedssl.build_privacy import is_private
+from fedssl.build_rules import proposal_of
+from fedssl.config import Config, fingerprint
+from fedssl.deployment.replays import Replays
+from fedssl.deployment.settings import SiteKit
+from fedssl.errors import FederationError, FedsslError, PolicyError
+from fedssl.frames import Frame, write_frame
+from fedssl.order import Order
+from fedssl.packing import size_in_bytes
+from fedssl.site.egress import Egress, bytes_since, describe_counts, describe_state
+from fedssl.site.rules import Rules, RulesFile
+from fedssl.update import state_digest
+
+_UNRECORDED = "cannot write its egress manifest, so nothing leaves; its own log says why"
+_DAY = timedelta(days=1)
+
+
+@dataclass
+class Desk:
+    """Answers one question at a time.
+
+    Attributes:
+        kit: the site's settings.
+        rules: its policy, read again when it changes.
+        egress: its manifest.
+        replays: the rounds that it has answered.
+        last: what it last did, for ``fedssl status``.
+    """
+
+    kit: SiteKit
+    rules: RulesFile
+    egress: Egress
+    replays: Replays
+    last: dict[str, Any] = field(default_factory=dict)
+
+    def answer(self, question: Frame | FederationError) -> list[bytes]:
+        """Give the frame that goes back; it is in the manifest when it is given."""
+        rules = None
+        kind = "unknown"
+        try:
+            if isinstance(question, FederationError):
+                raise question
+            kind, overrides = _text(question, "kind"), _text(question, "overrides")
+            rules = self.rules.current()
+            given = answer(kind, overrides, question.content, self._node_config(rules), _Admission(self, rules))
+            self._admit_message(rules, given.content)
+        except FedsslError as error:
+            given = Answer(wire.write_refusal(wire.Refusal(self.kit.site, str(error))))
+        return self._recorded(kind, given)
+
+    def _node_config(self, rules: Rules) -> dict[str, Any]:
+        return {**self.kit.node_config(), **rules.node_config()}
+
+    def _admit_message(self, rules: Rules, content: RecordDict) -> None:
+        if "state" in content:
+            names = [entry["name"] for entry in _tensors(content)]
+            rules.admit_message(names, size_in_bytes(content), self.uploaded_today())
+
+    def uploaded_today(self) -> int:
+        """Bytes that left in the last 24 hours."""
+        return bytes_since(self.egress, datetime.now().astimezone() - _DAY)
+
+    def _recorded(self, kind: str, given: Answer) -> list[bytes]:
+        parts = write_frame({}, given.content)
+        try:
+            entry = self.egress.append(describe(kind, given, parts))
+        except FedsslError as error:
+            progress.publish(progress.Note(str(error), alarm=True))
+            return write_frame({}, wire.write_refusal(wire.Refusal(self.kit.site, _UNRECORDED)))
+        self.last = {"kind": entry["kind"], "round": entry["round"], "reason": entry["reason"]}
+        alarm, what = bool(entry["reason"]), f"Round {entry['round']}: {entry['kind']}"
+        text = f"{what} {entry['reason']}" if alarm else f"{what}, {entry['content_bytes'] / 1e6:.1f} MB left"
+        progress.publish(progress.Note(text, alarm=alarm))
+        return parts
+
+
+@dataclass
+class _Admission:
+    """The hospital's rules for one question."""
+
+    desk: Desk
+    rules: Rules
+
+    def __call__(self, config: Config, request: wire.Request, *, training: bool) -> None:
+        """Admit a request.
+
+        Raises:
+            PolicyError: names the lines of ``policy.yaml``, or says that the round is long over.
+        """
+        order, site = request.order, self.desk.kit.site
+        proposal = proposal_of(config, fingerprint(config), order.number, is_private(config, site))
+        self.rules.admit(proposal, datetime.now().astimezone(), self.desk.uploaded_today())
+        if training:
+            self.desk.replays.admit(order.run, order.number, state_digest(request.state))
+
+
+def _text(question: Frame, name: str) -> str:
+    value = question.facts.get(name)
+    if not isinstance(value, str):
+        raise FederationError("was sent a malformed message; use the relay of the same version")
+    if name == "overrides" and "${" in value:  # it could name what is none of the server's business
+        raise PolicyError("does not take settings that refer to others (${...}). Give plain values")
+    return value
+
+
+def _tensors(content: RecordDict) -> list[dict[str, Any]]:
+    arrays = {name: array.numpy() for name, array in content.array_records["state"].items()}
+    return describe_state(arrays, dict(content.config_records["layout"]))
+
+
+def describe(kind: str, given: Answer, parts: list[bytes]) -> dict[str, Any]:
+    """Make the manifest's entry of an answer: all that is in it, and the digest of what leaves.
+
+    Args:
+        kind: of the question.
+        given: the answer.
+        parts: of the frame that leaves.
+    """
+    content, order = given.content, given.order or Order("", 0, 0, "")
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    counts = content.array_records.get("counts")
+    metrics = dict(content.metric_records["metrics"]) if "metrics" in content else {}
+    reason = str(content.config_records["refused"]["reason"]) if "refused" in content else ""
+    return {
+        "kind": "refusal" if reason else _kind(kind, order),
+        "run": order.run,
+        "round": order.number,
+        "tensors": _tensors(content) if "state" in content else [],
+        "counts": describe_counts({name: array.numpy() for name, array in counts.items()}) if counts else [],
+        "metrics": metrics,
+        "facts": _facts(content),
+        "epsilon": metrics.get("epsilon"),
+        "frame_bytes": sum(map(len, parts)),
+        "sha256": digest.hexdigest(),
+        "reason": reason,
+    }
+
+
+def _kind(kind: str, order: Order) -> str:
+    if kind.startswith("train"):
+        return "train"
+    return "marginals" if order.number else "presence"
+
+
+def _facts(content: RecordDict) -> Mapping[str, Any]:
+    return dict(content.config_records["site"]) if "site" in content else {}
