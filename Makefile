@@ -1,9 +1,9 @@
-# make demo | make study | make test | make test-all | make bench        (VENV=folder, PYTHON=python3.12 to choose)
+# make demo | make study | make test | make test-all | make soak | make bench        (VENV=folder, PYTHON=python3.12 to choose)
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: install demo study test test-all bench lock clean
+.PHONY: install demo study test test-all soak bench lock clean
 
 install: $(VENV)/.installed
 
@@ -28,6 +28,9 @@ test: install
 
 test-all: test
 	$(BIN)/python -m pytest -m "(slow or federation) and not gpu"
+
+soak: install
+	$(BIN)/python -m pytest -m soak -s
 
 bench: install
 	$(BIN)/python -m simulations.benchmark

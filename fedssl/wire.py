@@ -118,7 +118,7 @@ def write_update(update: Update, precision: str = FULL, reference: Mapping[str, 
     content = RecordDict({"state": arrays, "layout": layout})
     facts = ("site", "examples", "steps", "independent", "ledger")
     content["site"] = ConfigRecord({name: getattr(update, name) for name in facts})
-    content["metrics"] = MetricRecord({name: float(value) for name, value in update.metrics.items()})
+    content["metrics"] = MetricRecord({name: float(value) for name, value in sorted(update.metrics.items())})
     counts = {"mass": update.mass, "usage": update.usage}
     content["counts"] = ArrayRecord({name: Array(value.numpy()) for name, value in counts.items() if value is not None})
     return content

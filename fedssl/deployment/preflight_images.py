@@ -73,12 +73,11 @@ def index(look: Look) -> Finding:
 
 def _judged(found: str, figures: dict[str, Figure], look: Look) -> Finding:
     """Add what is to be said of an index that can be used."""
-    advice = []
-    for name in ("unreadable_share", "refused_share"):
-        if float(figures.get(name, 0.0)) > _MUCH:
-            advice.append(
-                f"{figures[name]:.0%} of the files are {name.split('_')[0]}: see unreadable.csv beside the index."
-            )
+    advice = [
+        f"{figures[name]:.0%} of the files are {name.split('_')[0]}: see unreadable.csv beside the index."
+        for name in ("unreadable_share", "refused_share")
+        if float(figures.get(name, 0.0)) > _MUCH
+    ]
     if float(figures["days_since_scan"]) > _OLD_DAYS:
         advice.append(f"Files that came since the last scan are not known: {look.index_command()}")
     return Finding("index", WARN if advice else OK, found, " ".join(advice), figures)

@@ -17,6 +17,7 @@ OK, WARN, FAIL, UNKNOWN = "ok", "warn", "fail", "unknown"
 Figure = float | int | str | bool
 NOT_TOLD = "not told: private"
 _PATH = re.compile(r"(?<![\w./:~-])(?:~|\.{1,2})?/[^\s'\",;()\[\]{}]+")
+_BELOW = r"(?:/[^\s'\",;]*)?"  # a path in a folder is hidden whole
 _DIGITS = 4
 
 
@@ -117,7 +118,8 @@ def _shareable(text: str, hidden: Sequence[tuple[str, str]]) -> str:
     """Put words in place of what belongs to this machine; sentences should hold none of it, and this is the net."""
     for own, word in sorted(hidden, key=lambda pair: -len(pair[0])):
         if own:
-            text = re.sub(rf"(?<![\w.-]){re.escape(own)}(?![\w-])", word, text)
+            below = _BELOW if "/" in own else ""
+            text = re.sub(rf"(?<![\w.-]){re.escape(own)}{below}(?![\w-])", word, text)
     return _PATH.sub("(path)", text)
 
 

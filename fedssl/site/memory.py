@@ -85,7 +85,7 @@ class SiteMemory:
         facts = {
             "received": received, "order": asdict(replace(order, ledger="")), "site": update.site,
             "examples": update.examples, "steps": update.steps, "metrics": dict(update.metrics),
-            "independent": update.independent,
+            "independent": update.independent, "names": list(update.state),
         }  # fmt: skip
         save_tensors(self._file(order.run, f"answer_{order.number:05d}"), tensors, facts, _WHAT)
 
@@ -107,9 +107,10 @@ class SiteMemory:
             }
             for room in ("state", "counts")
         }
+        state = {name: rooms["state"][name] for name in facts.get("names", rooms["state"])}  # an older file has no names
         return Update(
-            facts["site"], rooms["state"], facts["examples"], facts["steps"], rooms["counts"].get("mass"),
-            rooms["counts"].get("usage"), facts["metrics"], independent=facts["independent"],
+            facts["site"], state, facts["examples"], facts["steps"], rooms["counts"].get("mass"),
+            rooms["counts"].get("usage"), facts["metrics"], independent=facts.get("independent", False),
         )  # fmt: skip
 
     def keep_scores(self, order: Order, scores: Scores, released: Bool[Tensor, " prototypes"]) -> None:
