@@ -13,6 +13,7 @@ from fedssl.cli_consortium import certificates, install, provision, request, rev
 from fedssl.cli_deployment import server, site
 from fedssl.cli_egress import egress
 from fedssl.cli_evidence import finetune, predict, study
+from fedssl.cli_preflight import preflight
 from fedssl.cli_privacy import privacy_app
 from fedssl.cli_status import status
 from fedssl.errors import ConfigError
@@ -211,7 +212,7 @@ def _write_report(folder: Path) -> None:
 _VERBS: dict[str, tuple[Callable[..., None], ...]] = {
     "Commands": (study, finetune, predict, audit),
     "A consortium's identities": (provision, request, sign, install, revoke, certificates),
-    "A consortium at work": (server, site, status, egress),
+    "A consortium at work": (server, site, status, egress, preflight),
 }
 for panel, verbs in _VERBS.items():
     for verb in verbs:

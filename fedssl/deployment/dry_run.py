@@ -19,6 +19,7 @@ from fedssl.frames import write_frame
 from fedssl.methods.base import PROTOTYPES
 from fedssl.order import Order
 from fedssl.packing import pack
+from fedssl.site.egress_file import prepared
 from fedssl.site.rules import RulesFile
 from fedssl.update import METRICS, Update
 
@@ -48,7 +49,7 @@ def dry_run(kit: SiteKit) -> dict[str, Any]:
         precision=str(config["federation"]["precision"]),
     )  # fmt: skip
     given = _untrained(config, kit.site, order) if is_private(config, kit.site) else _trained(kit, overrides, order)
-    return describe("train", given, write_frame({}, given.content))
+    return prepared(describe("train", given, write_frame({}, given.content)))
 
 
 def _trained(kit: SiteKit, overrides: str, order: Order) -> Answer:
