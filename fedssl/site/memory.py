@@ -107,7 +107,7 @@ class SiteMemory:
             }
             for room in ("state", "counts")
         }
-        state = {name: rooms["state"][name] for name in facts.get("names", rooms["state"])}  # an older file has no names
+        state = {name: rooms["state"][name] for name in facts.get("names", rooms["state"])}
         return Update(
             facts["site"], state, facts["examples"], facts["steps"], rooms["counts"].get("mass"),
             rooms["counts"].get("usage"), facts["metrics"], independent=facts.get("independent", False),
