@@ -21,6 +21,7 @@ def preflight(
         Path | None, typer.Option(help="What the operator may get; default: KIT/preflight.json.", metavar="FILE")
     ] = None,
     images: Annotated[int, typer.Option(help="Most files to decode anew, to measure how fast that is.", min=1)] = 200,
+    one_user: Annotated[bool, typer.Option("--one-user", help="For trials with `fedssl site KIT --one-user`.")] = False,
     output: FormatOption = Format.TEXT,
 ) -> None:
     """Look before joining: server, clock, plan, policy, users, disk, GPU, images, and how long a round takes.
@@ -42,7 +43,7 @@ def preflight(
             raise ConfigError(
                 f"{kit} is a server's kit, and preflight is for a site's. `fedssl status` looks at servers."
             )
-        report = look(SiteKit.read(kit), images=images)
+        report = look(SiteKit.read(kit), images=images, one_user=one_user)
         shared = report_json(report)
         if output is Format.JSON:
             print_json(shared)

@@ -6,6 +6,7 @@ import platform
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -40,15 +41,18 @@ CHECKS: dict[str, tuple[Check, float]] = {  # the longest time of each, in secon
 _AS_AGENT = frozenset({"disk", "index", "decode", "round"})  # what they make on the disk must be the agent's
 
 
-def preflight(kit: SiteKit, *, images: int = 200) -> Report:
+def preflight(kit: SiteKit, *, images: int = 200, one_user: bool = False) -> Report:
     """Look at all that a site needs to join.
 
     Args:
         kit: the site's.
         images: most files that are decoded anew, to measure how fast that is.
+        one_user: a trial, in which this very user runs agent and relay.
     """
+    if one_user:
+        kit = replace(kit, agent_user=own_name(), relay_user=own_name())
     own_folders(kit)
-    look = Look(kit, images)
+    look = Look(kit, images, one_user=one_user)
     findings = []
     for name, (check, limit_s) in CHECKS.items():
         try:

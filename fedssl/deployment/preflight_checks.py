@@ -162,6 +162,9 @@ def _refused(look: Look, rules: Rules, number: int) -> str:
 def users(look: Look) -> Finding:
     """Try whether the relay can read what it must not, and the agent what it must."""
     kit = look.kit
+    if look.one_user:
+        found = "A trial: one user runs agent and relay, so code that the server sends could read the data."
+        return Finding("users", WARN, found, "Run them as two users where there are patients' images.")
     agent, relay = uid_of(kit.agent_user), uid_of(kit.relay_user)
     if agent == relay:
         advice = "Name another relay_user in site.yaml: code that the server sends must not be able to read the data."

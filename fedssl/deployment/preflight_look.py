@@ -37,6 +37,7 @@ class Look:
         config: what the kit's plan composes.
         rules: the policy.
         agent: as it would answer the server.
+        one_user: a trial, in which one user runs agent and relay.
     """
 
     kit: SiteKit
@@ -45,6 +46,7 @@ class Look:
     config: Config | None = None
     rules: Rules | None = None
     agent: SiteAgent | None = None
+    one_user: bool = False
 
     @property
     def private(self) -> bool:
