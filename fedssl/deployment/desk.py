@@ -25,6 +25,7 @@ from fedssl.update import state_digest
 
 _UNRECORDED = "cannot write its egress manifest, so nothing leaves; its own log says why"
 _DAY = timedelta(days=1)
+_OFTEN = 10  # times that each iteration may be asked: whoever was killed asks again
 
 
 @dataclass
@@ -102,8 +103,10 @@ class _Admission:
         order, site = request.order, self.desk.kit.site
         proposal = proposal_of(config, fingerprint(config), order.number, is_private(config, site))
         self.rules.admit(proposal, datetime.now().astimezone(), self.desk.uploaded_today())
-        if training:
-            self.desk.replays.admit(order.run, order.number, state_digest(request.state))
+        if training or order.number > 0:  # a question of federated Sinkhorn, with or without the state
+            state = state_digest(request.state) if request.state else ""
+            most = _OFTEN * int(config["federation"]["sinkhorn_iterations"])
+            self.desk.replays.admit(order.run, order.number, state, most=most)
 
 
 def _text(question: Frame, name: str) -> str:

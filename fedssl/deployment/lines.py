@@ -14,7 +14,7 @@ from fedssl.frames import Frame, read_frame, send_frame
 
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: SO_PEERCRED
 _READ_S = 600.0
-_WAITING = 16
+_WAITING, _AT_ONCE = 16, 4
 _CHUNK = 1 << 20
 
 
@@ -66,11 +66,21 @@ class Lines:
         self.answer = answer
         self.most_bytes = most_bytes
         self.turn = threading.Lock()
+        self.places = threading.BoundedSemaphore(_AT_ONCE)  # a relay that asks without end must not fill the memory
 
     def serve(self) -> None:
         """Answer until the socket is closed."""
         for connection in self._connections():
-            threading.Thread(target=self._talk, args=(connection,), daemon=True).start()
+            if self.places.acquire(blocking=False):
+                threading.Thread(target=self._place, args=(connection,), daemon=True).start()
+            else:
+                connection.close()  # an honest relay asks again
+
+    def _place(self, connection: socket.socket) -> None:
+        try:
+            self._talk(connection)
+        finally:
+            self.places.release()
 
     def _connections(self) -> Iterator[socket.socket]:
         while True:

@@ -123,7 +123,7 @@ def _start(part: Part) -> subprocess.Popen[bytes]:
         with contextlib.suppress(FileNotFoundError):
             if part.log.stat().st_size > _LARGEST_LOG:
                 part.log.replace(part.log.with_suffix(".1.log"))
-        log = os.open(part.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        log = os.open(part.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise StorageError(
             f"The log of the {part.name} cannot be opened ({error.strerror}). Check the rights."

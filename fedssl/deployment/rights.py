@@ -70,11 +70,11 @@ def prepare(kit: SiteKit, *, one_user: bool) -> None:
         owner = uid_of(kit.agent_user)
         room.chmod(0o2750)  # what is made in it belongs to the relay's group: the socket
         for path in (room, secret):
-            os.chown(path, owner, group)
+            os.chown(path, owner, group, follow_symlinks=False)
         room.chmod(0o2750)
         if os.getuid() == 0:
             for path in (kit.state, kit.folder / "site.key"):
-                os.chown(path, owner, -1)
+                os.chown(path, owner, -1, follow_symlinks=False)
     except (OSError, KeyError) as error:
         reason = error.strerror if isinstance(error, OSError) else "unknown user"
         raise StorageError(

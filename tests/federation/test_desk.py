@@ -97,6 +97,32 @@ def test_a_round_that_is_over_and_a_second_question_in_a_round_are_refused_as_re
     assert [entry["kind"] for entry in manifest(desk)] == ["train", "train", "refusal", "refusal"]
 
 
+def test_column_sums_are_told_for_one_state_a_round_and_not_without_end(kit, plan):
+    plan = [*plan, "federation.equipartition=federated-sinkhorn", "federation.sinkhorn_iterations=2"]
+    desk = make_desk(kit)
+
+    def sums(number=1, state=None):
+        asked = question(plan, number, kind="train", state=state)
+        asked.facts["kind"] = "query.marginals"
+        return Answer(desk.answer(asked))
+
+    def more():
+        asked = question(plan, kind="query.marginals")
+        return Answer(desk.answer(asked))
+
+    first = sums()
+    assert first.reason == ""
+    assert first.content.array_records["counts"]["sums"].numpy().shape == (4,)
+    told = [more().reason for _ in range(21)]
+    assert told[:20] == [""] * 20
+    assert "was asked 20 times for its column sums" in told[20]
+    config = configuration(as_text(["data.root=unused", *plan]))
+    moved = {name: value + 1 for name, value in first_state(config, build_method(config)).items()}
+    assert "with another state before" in sums(state=moved).reason
+    assert Answer(desk.answer(question(plan))).reason == ""
+    assert {entry["kind"] for entry in manifest(desk)} == {"marginals", "refusal", "train"}
+
+
 def test_the_policy_refuses_before_the_images_are_touched_and_the_manifest_says_so(kit, plan):
     policy(kit.folder, methods=["simclr"])
     desk = make_desk(kit)

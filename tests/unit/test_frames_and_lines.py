@@ -172,7 +172,7 @@ def test_a_question_that_is_too_large_gets_a_sentence_and_the_relay_is_not_left_
     agent.close()
 
 
-def test_two_questions_at_once_are_answered_one_after_the_other(path):
+def test_two_questions_at_once_are_answered_one_after_the_other(path, monkeypatch):
     agent, together, most = Agent(path), [], []
     plain = agent.answer
 
@@ -186,6 +186,7 @@ def test_two_questions_at_once_are_answered_one_after_the_other(path):
     agent.close()
     agent.answer = watched
     agent.open()
+    monkeypatch.setattr(relaying, "_PAUSE_S", 0.01)  # four have a place, the others ask again
     askers = [threading.Thread(target=ask, args=(path,)) for _ in range(8)]
     for asker in askers:
         asker.start()
@@ -229,6 +230,16 @@ def test_an_old_round_is_refused_as_a_replay_and_the_same_question_is_not(tmp_pa
     with pytest.raises(PolicyError, match="refuses round 3: it was asked for this round with another state"):
         again.admit("ab" * 8, 3, "x")
     again.admit("ab" * 8, 3, "y")
+    for _ in range(2):
+        again.admit("ab" * 8, 3, "", most=2)
+    with pytest.raises(PolicyError, match="was asked 2 times for its column sums"):
+        again.admit("ab" * 8, 3, "", most=2)
+    with pytest.raises(PolicyError, match="refuses round 2 as a replay"):
+        again.admit("ab" * 8, 2, "", most=2)
+    with pytest.raises(PolicyError, match="refuses round 4 as a replay"):
+        again.admit("ab" * 8, 4, "", most=2)  # column sums of a state that was never sent
+    again.admit("ab" * 8, 4, "z")
+    again.admit("ab" * 8, 4, "", most=2)
     (tmp_path / "rounds.json").write_text("{}")
     with pytest.raises(DataError, match="damaged list of answered rounds"):
         again.admit("ab" * 8, 4, "y")
