@@ -34,8 +34,8 @@ def build_agent(config: Config, node_config: Mapping[str, Any]) -> SiteAgent:
         config: the configuration.
         node_config: ``site``, ``data-dir``, ``labels``, ``label``, ``burned-in``, ``patient-from``, ``start`` (a
             checkpoint of its own pretraining), ``prototype-patients`` (at least), ``privacy-profile``,
-            ``epsilon-cap``, ``patients`` (its own public number of them) and ``ledger`` (a folder) where a hospital
-            runs it; ``partition-id`` in a simulation.
+            ``epsilon-cap``, ``patients`` (its own public number of them), ``ledger`` (a folder), ``workers`` and
+            ``budget-gb`` (of its cache) where a hospital runs it; ``partition-id`` in a simulation.
 
     Raises:
         ConfigError: the node is none of the sites.
@@ -200,6 +200,10 @@ def _with_own_settings(config: Config, node_config: Mapping[str, Any]) -> Config
         "patient_from": str(node_config.get("patient-from", "auto")),
         "store": None,
         "filters": None,
+        "workers": _own_number(node_config, "workers"),
+        "worker_memory_gb": 8.0,
+        "decode_timeout_s": 60.0,
+        "budget_gb": _own_number(node_config, "budget-gb") or None,
         "labels": node_config.get("labels"),
         "label": str(node_config.get("label", "label")),
     }

@@ -9,7 +9,7 @@ from typing import Any
 from flwr.app import RecordDict
 
 from fedssl import progress, wire
-from fedssl.answering import Answer, answer
+from fedssl.answering import Answer, answer, forget_sites
 from fedssl.build_privacy import is_private
 from fedssl.build_rules import proposal_of
 from fedssl.config import Config, fingerprint
@@ -25,6 +25,12 @@ from fedssl.update import state_digest
 
 _UNRECORDED = "cannot write its egress manifest, so nothing leaves; its own log says why"
 _DAY = timedelta(days=1)
+_NEVER = {  # in settings that come from a server
+    "${": "they could refer to what is none of its business",
+    "_target_": "they could call anything",
+    "hydra": "they could name files",
+    "..": "they could name files",
+}
 _OFTEN = 10  # times that each iteration may be asked: whoever was killed asks again
 
 
@@ -45,6 +51,7 @@ class Desk:
     egress: Egress
     replays: Replays
     last: dict[str, Any] = field(default_factory=dict)
+    _warm: tuple[str, dict[str, Any]] | None = None
 
     def answer(self, question: Frame | FederationError) -> list[bytes]:
         """Give the frame that goes back; it is in the manifest when it is given."""
@@ -55,7 +62,11 @@ class Desk:
                 raise question
             kind, overrides = _text(question, "kind"), _text(question, "overrides")
             rules = self.rules.current()
-            given = answer(kind, overrides, question.content, self._node_config(rules), _Admission(self, rules))
+            node_config = self._node_config(rules)
+            if self._warm != (overrides, node_config):  # the model of another run or policy is not kept
+                forget_sites()
+                self._warm = (overrides, node_config)
+            given = answer(kind, overrides, question.content, node_config, _Admission(self, rules))
             self._admit_message(rules, given.content)
         except FedsslError as error:
             given = Answer(wire.write_refusal(wire.Refusal(self.kit.site, str(error))))
@@ -113,8 +124,8 @@ def _text(question: Frame, name: str) -> str:
     value = question.facts.get(name)
     if not isinstance(value, str):
         raise FederationError("was sent a malformed message; use the relay of the same version")
-    if name == "overrides" and "${" in value:  # it could name what is none of the server's business
-        raise PolicyError("does not take settings that refer to others (${...}). Give plain values")
+    if name == "overrides" and (found := next((text for text in _NEVER if text in value), "")):
+        raise PolicyError(f"does not take settings that hold {found!r}: {_NEVER[found]}. Give plain values")
     return value
 
 

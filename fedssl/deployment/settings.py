@@ -121,7 +121,7 @@ class ServerKit:
 
 _NODE_KEYS = {  # key of site.yaml: key of the agent's own node configuration (see build_site.build_agent)
     "labels": "labels", "label": "label", "burned_in": "burned-in", "patient_from": "patient-from", "start": "start",
-    "patients": "patients",
+    "patients": "patients", "workers": "workers", "budget_gb": "budget-gb",
 }  # fmt: skip
 
 

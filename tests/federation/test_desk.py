@@ -55,6 +55,11 @@ def question(plan, number=1, *, kind="train", state=None, **changed):
     return Frame({"kind": kind, "overrides": overrides}, content)
 
 
+def start_of(plan):
+    config = configuration(as_text(["data.root=unused", *plan]))
+    return first_state(config, build_method(config))
+
+
 class Answer:
     """What a desk gave, read back from its bytes."""
 
@@ -158,8 +163,27 @@ def test_settings_that_refer_to_others_are_refused_and_their_values_are_not_told
     asked = question(plan)
     asked.facts["overrides"] += " 'name=${oc.env:PACS_SECRET}'"
     answer = Answer(make_desk(kit).answer(asked))
-    assert "does not take settings that refer to others" in answer.reason
+    assert "they could refer to what is none of its business" in answer.reason
     assert b"sesame" not in answer.bytes
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["method._target_=fedssl.storage.write_json", "hydra.searchpath=[file:///tmp]", "+experiment=../../../tmp/x"],
+)
+def test_settings_that_could_call_or_name_anything_are_refused(kit, plan, override):
+    asked = question(plan)
+    asked.facts["overrides"] += f" {override}"
+    assert "does not take settings that hold" in Answer(make_desk(kit).answer(asked)).reason
+
+
+def test_the_server_does_not_say_how_the_hospitals_machine_decodes_or_where_anything_lies(kit, plan, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    extra = [f"data.store={elsewhere}", f"run_dir={elsewhere}", "data.workers=64", "data.budget_gb=0.000001",
+             f"encoder.weights={elsewhere}", f"data.labels={elsewhere}", "data.burned_in=allow"]  # fmt: skip
+    answer = Answer(make_desk(kit).answer(question([*plan, *extra], state=start_of(plan))))
+    assert answer.reason == ""
+    assert not elsewhere.exists()
 
 
 _NONSENSE = [{}, {"kind": 3, "overrides": ""}, {"kind": "train"}, {"kind": "train", "overrides": "a=1"}]
