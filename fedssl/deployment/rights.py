@@ -95,11 +95,20 @@ _CAN_READ = (
 
 
 def can_read(path: Path, user: str | None) -> bool:
-    """Try whether a user can read a path; None: the user of this process."""
-    done = subprocess.run(  # noqa: S603 - our own command
-        [sys.executable, "-I", "-c", _CAN_READ, str(path)], check=False, capture_output=True, cwd="/",
-        **_as(user),
-    )  # fmt: skip
+    """Try whether a user can read a path; None: the user of this process.
+
+    Raises:
+        ConfigError: that user cannot even run this Python.
+    """
+    try:
+        done = subprocess.run(  # noqa: S603 - our own command
+            [sys.executable, "-I", "-c", _CAN_READ, str(path)], check=False, capture_output=True, cwd="/", **_as(user)
+        )
+    except PermissionError as error:
+        raise ConfigError(
+            f"The user {user} cannot run the Python of this installation. Install fedssl where all users may read, for "
+            "example below /opt, with a Python that is not in somebody's home folder."
+        ) from error
     return done.returncode == 0
 
 

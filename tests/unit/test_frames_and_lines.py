@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import socket
+import struct
 import threading
 from math import inf, isnan, nan
 
@@ -91,6 +92,15 @@ def test_a_message_that_is_too_large_is_refused_before_it_is_read():
     with pytest.raises(FederationError, match=r"message of 0 MB where 0 MB are allowed"):
         read_frame(stream, most_bytes=7999)
     assert stream.tell() < 100
+
+
+def test_a_message_of_two_gigabytes_is_refused_before_a_byte_of_it_is_read():
+    header = b'{"facts": {}, "records": [["state", "arrays", [["float32", "float32", [500000000], "numpy.ndarray", 2000000000]]]]}'
+    start = struct.pack(">8sIQ", b"fedssl/1", len(header), 2_000_000_000)
+    stream = io.BytesIO(start + header)
+    with pytest.raises(FederationError, match="was sent a message of 2000 MB where 500 MB are allowed"):
+        read_frame(stream, most_bytes=500_000_000)
+    assert stream.tell() == len(start)
 
 
 class Agent:
