@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import socket
 import struct
@@ -95,7 +96,8 @@ def test_a_message_that_is_too_large_is_refused_before_it_is_read():
 
 
 def test_a_message_of_two_gigabytes_is_refused_before_a_byte_of_it_is_read():
-    header = b'{"facts": {}, "records": [["state", "arrays", [["float32", "float32", [500000000], "numpy.ndarray", 2000000000]]]]}'
+    array = ["float32", "float32", [500_000_000], "numpy.ndarray", 2_000_000_000]
+    header = json.dumps({"facts": {}, "records": [["state", "arrays", [array]]]}).encode()
     start = struct.pack(">8sIQ", b"fedssl/1", len(header), 2_000_000_000)
     stream = io.BytesIO(start + header)
     with pytest.raises(FederationError, match="was sent a message of 2000 MB where 500 MB are allowed"):
