@@ -18,9 +18,9 @@ from fedssl.deployment.status import read_status
 from fedssl.deployment.status_page import write_status_page
 from fedssl.deployment.superlink import SuperLink
 from fedssl.errors import ConfigError, FederationError, FedsslError
-from fedssl.storage import exclusive, write_json
+from fedssl.storage import write_json
 
-_LOOK_S, _WRITE_S, _REGISTER_S = 0.5, 5.0, 5.0
+_LOOK_S, _WRITE_S, _REGISTER_S, _PORT_S = 0.5, 5.0, 5.0, 15.0
 
 
 def run_server(folder: Path) -> None:
@@ -37,7 +37,7 @@ def run_server(folder: Path) -> None:
     _check(kit)
     link = SuperLink(kit)
     runner = Runner(kit, link)
-    with exclusive(kit.state / "server.lock"), stopped_by_signals():
+    with stopped_by_signals():
         link.prepare()
         gate = [
             sys.executable,
@@ -63,16 +63,31 @@ def _check(kit: ServerKit) -> None:
             f"The kit lacks {', '.join(missing)}. Make key and request with `fedssl request KIT`, have it signed "
             "(`fedssl sign AUTHORITY KIT/server.csr`), and put the certificate in with `fedssl install KIT server.crt`."
         )
-    for port, whose in ((kit.port, "port"), (kit.inner_port, "inner_port")):
+    _wait_for_port(kit.listen, kit.port, "port")
+    _wait_for_port("127.0.0.1", kit.inner_port, "inner_port")
+
+
+def _wait_for_port(address: str, port: int, whose: str) -> None:
+    """See that a port is free; parts of a server that was just killed may need some seconds to end.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    deadline = time.monotonic() + _PORT_S
+    while True:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind(("127.0.0.1" if whose == "inner_port" else kit.listen, port))
+                probe.bind((address, port))
             except OSError as error:
-                raise ConfigError(
-                    f"Port {port} ({whose} in server.yaml) cannot be used ({error.strerror}). Stop what uses it, or "
-                    "choose another."
-                ) from error
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"Port {port} ({whose} in server.yaml) cannot be used ({error.strerror}). Stop what uses it, "
+                        "or choose another."
+                    ) from error
+            else:
+                return
+        time.sleep(_LOOK_S)
 
 
 @dataclass
