@@ -14,7 +14,7 @@ from flwr.app import MessageType, RecordDict
 from fedssl import wire
 from fedssl.build_site import build_agent
 from fedssl.config import Config, fingerprint, load, overrides_of
-from fedssl.errors import FedsslError
+from fedssl.errors import FederationError, FedsslError
 from fedssl.order import Order
 from fedssl.site.agent import SiteAgent
 from fedssl.site.answers import train_once
@@ -71,6 +71,8 @@ def answer(
 
 def _work(agent: SiteAgent, request: wire.Request, *, training: bool, kept: bool) -> RecordDict:
     order = request.order
+    if training and order.number < 1:
+        raise FederationError("was asked to train no round; the server is not a fedssl server")
     if training:
         if kept:
             update = train_once(agent, order, request.state, request.guide)

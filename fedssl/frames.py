@@ -19,7 +19,7 @@ from fedssl.errors import FederationError
 
 _START = struct.Struct(">8sIQ")  # mark, bytes of the header, bytes of the arrays
 _MARK = b"fedssl/1"
-_LONGEST_HEADER = 64 * 1024 * 1024
+_LONGEST_HEADER = 4 * 1024 * 1024
 _CHUNK = 1 << 20
 MOST_BYTES = 4_000_000_000
 

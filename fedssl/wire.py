@@ -19,6 +19,8 @@ from fedssl.update import MOST_IMAGES, Update
 
 PROTOCOL = 4
 _LONGEST_REASON = 500
+_LONGEST_SENT = 2000
+_RUN = re.compile(r"[0-9a-f]{0,64}")
 _NAME = re.compile(r"[^\x00-\x1f\x7f$\\\[\]]{1,64}")
 _LEDGER = re.compile(r"(\d{1,12}:[0-9a-f]{64})?")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\[\]]")
@@ -80,8 +82,8 @@ def read_order(content: RecordDict, fingerprint: str) -> Request:
         )
     if record["fingerprint"] != fingerprint:
         raise ConfigError(
-            f"has configuration {fingerprint} of fedssl {__version__}, the server {record['fingerprint']!r} of "
-            f"{record['version']!r}; use equal versions and overrides"
+            f"has configuration {fingerprint} of fedssl {__version__}, the server {str(record['fingerprint'])[:64]!r} "
+            f"of {str(record['version'])[:64]!r}; use equal versions and overrides"
         )
     contrast = _float(record["contrast"])
     if not 1.0 <= contrast <= MOST_CONTRAST:
@@ -89,6 +91,8 @@ def read_order(content: RecordDict, fingerprint: str) -> Request:
             f"was told to weigh the contrastive term {contrast:.3g} times; 1 to {MOST_CONTRAST:g} is allowed"
         )
     order = Order(**{field.name: _as(field.type, record[field.name]) for field in fields(Order)})
+    if not _RUN.fullmatch(order.run) or not 0 <= order.number <= order.rounds or not 0 <= order.last <= order.number:
+        raise ConfigError("was sent an order that cannot be: its run, its round or the last round is impossible")
     state = unpack(content.array_records["state"], content.config_records["layout"]) if "state" in content else {}
     return Request(order, state, _tensors(content, "guide"))
 
@@ -136,7 +140,7 @@ def write_presence(site: str, facts: Mapping[str, int]) -> RecordDict:
 
 def write_refusal(refusal: Refusal) -> RecordDict:
     """Make the content of an answer that says why a site does not train."""
-    return RecordDict({"refused": ConfigRecord({"site": refusal.site, "reason": refusal.reason})})
+    return RecordDict({"refused": ConfigRecord({"site": refusal.site, "reason": refusal.reason[:_LONGEST_SENT]})})
 
 
 @dataclass(frozen=True)

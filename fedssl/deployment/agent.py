@@ -7,13 +7,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from fedssl import progress
 from fedssl.console import shown
 from fedssl.deployment.desk import Desk
 from fedssl.deployment.lines import Lines, listen, uid_of
 from fedssl.deployment.parts import stopped_by_signals
 from fedssl.deployment.replays import Replays
 from fedssl.deployment.settings import POLICY_FILE, SiteKit
-from fedssl.errors import FederationError, FedsslError
+from fedssl.errors import FedsslError, StorageError
 from fedssl.frames import Frame
 from fedssl.site.egress import Egress, default_egress
 from fedssl.site.resources import apply_limits
@@ -63,7 +64,7 @@ def run_agent(folder: Path, *, one_user: bool) -> None:
     line = listen(kit.socket)
     _tell(kit, desk, "waiting for the server's messages")
 
-    def answered(question: Frame | FederationError) -> list[bytes]:
+    def answered(question: Frame | FedsslError) -> list[bytes]:
         _tell(kit, desk, "answering")
         parts = desk.answer(question)
         _tell(kit, desk, "waiting for the server's messages")
@@ -79,7 +80,11 @@ def _tell(kit: SiteKit, desk: Desk, state: str) -> None:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     last = desk.last or {"kind": "", "round": 0, "reason": ""}
     policy = desk.rules.digest
-    write_json(kit.state / "agent.json", {"state": state, "since": now, "policy": policy, **last}, "the agent's state")
+    told = {"state": state, "since": now, "policy": policy, **last}
+    try:
+        write_json(kit.state / "agent.json", told, "the agent's state")
+    except StorageError as error:  # what it does matters more than that it says so
+        progress.publish(progress.Note(str(error), alarm=True))
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -12,7 +12,7 @@ from fedssl import progress, wire
 from fedssl.answering import Answer, answer, forget_sites
 from fedssl.build_privacy import is_private
 from fedssl.build_rules import proposal_of
-from fedssl.config import Config, fingerprint
+from fedssl.config import Config, fingerprint, overrides_of
 from fedssl.deployment.replays import Replays
 from fedssl.deployment.settings import SiteKit
 from fedssl.errors import FederationError, FedsslError, PolicyError
@@ -23,15 +23,18 @@ from fedssl.site.egress import Egress, bytes_since, describe_counts, describe_st
 from fedssl.site.rules import Rules, RulesFile
 from fedssl.update import state_digest
 
+FEDERATED_SINKHORN = "federated-sinkhorn"
 _UNRECORDED = "cannot write its egress manifest, so nothing leaves; its own log says why"
 _DAY = timedelta(days=1)
 _NEVER = {  # in settings that come from a server
-    "${": "they could refer to what is none of its business",
+    "$": "they could refer to what is none of its business",
+    "\\": "they could hide what they say",
     "_target_": "they could call anything",
     "hydra": "they could name files",
     "..": "they could name files",
 }
-_OFTEN = 10  # times that each iteration may be asked: whoever was killed asks again
+_LONGEST = 16_000  # characters of settings
+_MOST_ITERATIONS = 20
 
 
 @dataclass
@@ -53,12 +56,12 @@ class Desk:
     last: dict[str, Any] = field(default_factory=dict)
     _warm: tuple[str, dict[str, Any]] | None = None
 
-    def answer(self, question: Frame | FederationError) -> list[bytes]:
+    def answer(self, question: Frame | FedsslError) -> list[bytes]:
         """Give the frame that goes back; it is in the manifest when it is given."""
         rules = None
         kind = "unknown"
         try:
-            if isinstance(question, FederationError):
+            if isinstance(question, FedsslError):
                 raise question
             kind, overrides = _text(question, "kind"), _text(question, "overrides")
             rules = self.rules.current()
@@ -114,19 +117,46 @@ class _Admission:
         order, site = request.order, self.desk.kit.site
         proposal = proposal_of(config, fingerprint(config), order.number, is_private(config, site))
         self.rules.admit(proposal, datetime.now().astimezone(), self.desk.uploaded_today())
-        if training or order.number > 0:  # a question of federated Sinkhorn, with or without the state
-            state = state_digest(request.state) if request.state else ""
-            most = _OFTEN * int(config["federation"]["sinkhorn_iterations"])
-            self.desk.replays.admit(order.run, order.number, state, most=most)
+        if order.number > 0:
+            self._admit_question(config, request, training=training)
+
+    def _admit_question(self, config: Config, request: wire.Request, *, training: bool) -> None:
+        order, federation = request.order, config["federation"]
+        guide = {f"guide/{name}": value for name, value in request.guide.items()}
+        if training:
+            asked = f"{state_digest({**request.state, **guide})} {asdict(replace(order, ledger=''))}"
+            self.desk.replays.admit(order.run, order.number, hashlib.sha256(asked.encode()).hexdigest())
+            return
+        if federation["equipartition"] != FEDERATED_SINKHORN:
+            raise PolicyError(f"tells column sums only with federation.equipartition={FEDERATED_SINKHORN}")
+        most = 2 * min(int(federation["sinkhorn_iterations"]), _MOST_ITERATIONS)  # twice: a site may have dropped out
+        self.desk.replays.admit_sums(order.run, order.number, state_digest({**request.state, **guide}), most)
 
 
 def _text(question: Frame, name: str) -> str:
     value = question.facts.get(name)
     if not isinstance(value, str):
         raise FederationError("was sent a malformed message; use the relay of the same version")
-    if name == "overrides" and (found := next((text for text in _NEVER if text in value), "")):
-        raise PolicyError(f"does not take settings that hold {found!r}: {_NEVER[found]}. Give plain values")
+    if name == "overrides":
+        _check_settings(value)
     return value
+
+
+def _check_settings(text: str) -> None:
+    """Refuse settings that could name or call what is none of a server's business, however they are quoted.
+
+    Raises:
+        PolicyError: says what they hold.
+    """
+    if len(text) > _LONGEST:
+        raise PolicyError(f"does not take {len(text)} characters of settings; {_LONGEST} are allowed")
+    try:
+        words = overrides_of(text)
+    except ValueError as error:
+        raise PolicyError("does not take settings whose quotes do not match") from error
+    for word in [text, *words]:
+        if found := next((never for never in _NEVER if never in word), ""):
+            raise PolicyError(f"does not take settings that hold {found!r}: {_NEVER[found]}. Give plain values")
 
 
 def _tensors(content: RecordDict) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fedssl import progress
-from fedssl.errors import ConfigError, FederationError, StorageError
+from fedssl.errors import ConfigError, FedsslError, StorageError
 from fedssl.frames import Frame, read_frame, send_frame
 
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: SO_PEERCRED
@@ -58,7 +58,7 @@ class Lines:
         self,
         line: socket.socket,
         allowed: frozenset[int],
-        answer: Callable[[Frame | FederationError], list[bytes]],
+        answer: Callable[[Frame | FedsslError], list[bytes]],
         most_bytes: Callable[[], int],
     ) -> None:
         self.line = line
@@ -108,12 +108,12 @@ class Lines:
             except OSError:  # the relay was killed; it asks again
                 progress.publish(progress.Note("The relay went away before it had its answer."))
 
-    def _question(self, connection: socket.socket) -> Frame | FederationError | None:
+    def _question(self, connection: socket.socket) -> Frame | FedsslError | None:
         """Read what is asked; of what cannot be read nothing is kept, but the relay may end its sentence."""
         with connection.makefile("rb") as stream:
             try:
                 return read_frame(stream, self.most_bytes())
-            except FederationError as error:
+            except FedsslError as error:
                 while stream.read(_CHUNK):
                     pass
                 return error

@@ -84,7 +84,8 @@ class Look:
         config, kit = self.plan(), self.kit
         own = {
             "store": None, "filters": None, "burned_in": str(kit.node.get("burned-in", "refuse")),
-            "patient_from": str(kit.node.get("patient-from", "auto")),
+            "patient_from": str(kit.node.get("patient-from", "auto")), "worker_memory_gb": 8.0,
+            "decode_timeout_s": 60.0, "budget_gb": None,
         }  # fmt: skip
         config = {**config, "data": {**config["data"], **own}}
         if kit.data.startswith(REMOTE):
@@ -118,8 +119,8 @@ class Look:
         config, kit = self.plan(), self.kit
         words = ["env", f"FEDSSL_CACHE={cache_folder()}", "fedssl", "index", kit.data, "--site", kit.site]
         words += [f"data.edge={config['data']['edge']}"]
-        given = {"data.burned_in": kit.node.get("burned-in"), "data.patient_from": kit.node.get("patient-from")}
-        words += [f"{key}={value}" for key, value in given.items() if value is not None]
+        own = ("burned-in", "patient-from", "workers", "budget-gb")
+        words += [f"data.{key.replace('-', '_')}={kit.node[key]}" for key in own if key in kit.node]
         if kit.agent_user == own_name():
             return shlex.join(words)
         command = shlex.join(["sudo", "-u", kit.agent_user, *words])

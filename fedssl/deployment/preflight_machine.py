@@ -38,7 +38,8 @@ def disk(look: Look) -> Finding:
         advice = "Free space, or let FEDSSL_CACHE name a folder on another disk."
         return Finding("disk", FAIL, found, advice, figures)
     if free < max(_LEAST_FREE, 2 * need) or available < wanted:
-        advice = f"{wanted / _GB:.0f} GB of free memory, {_LEAST_FREE / _GB:.0f} GB of free disk and twice the need are good."
+        memory = f"{wanted / _GB:.0f} GB of free memory"
+        advice = f"{memory}, {_LEAST_FREE / _GB:.0f} GB of free disk and twice the need, or more, are good."
         return Finding("disk", WARN, found, advice, figures)
     return Finding("disk", OK, found, "", figures)
 

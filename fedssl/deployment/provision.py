@@ -1,5 +1,6 @@
 """Kits of a consortium: one folder for the authority, one for the server, one for each site."""
 
+import contextlib
 import json
 import shutil
 from dataclasses import asdict
@@ -114,5 +115,14 @@ def _write_policy(kit: Path, consortium: Consortium, site: str, now: datetime) -
     except TemplateNotFound:
         return
     expires = (now + timedelta(days=365)).date().isoformat()
-    text = template.render(consortium=consortium, site=site, expires=expires)
+    text = template.render(consortium=consortium, site=site, expires=expires, fingerprint=_fingerprint(consortium))
     write_public(kit / POLICY_FILE, text.encode(), POLICY_FILE)
+
+
+def _fingerprint(consortium: Consortium) -> str:
+    """Give the fingerprint of the plan, to which the policy is bound; empty where it cannot be composed here."""
+    from fedssl.config import fingerprint, load
+
+    with contextlib.suppress(ConfigError):
+        return fingerprint(load(["data.root=unused", *consortium.plan]))
+    return ""

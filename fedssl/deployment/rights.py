@@ -92,17 +92,25 @@ _CAN_READ = (
     "import os, sys; p = sys.argv[1]; ok = os.access(p, os.R_OK) and (not os.path.isdir(p) or os.access(p, os.X_OK)); "
     "sys.exit(0 if ok else 1)"
 )
+_CAN_ENTER = (
+    "import os, sys; p = sys.argv[1]; ok = os.access(p, os.R_OK) or (os.path.isdir(p) and os.access(p, os.X_OK)); "
+    "sys.exit(0 if ok else 1)"
+)
 
 
-def can_read(path: Path, user: str | None) -> bool:
-    """Try whether a user can read a path; None: the user of this process.
+def can_read(path: Path, user: str | None, *, at_all: bool = False) -> bool:
+    """Try whether a user can read a path; None: the user of this process; ``at_all``: files whose names are known count.
 
     Raises:
         ConfigError: that user cannot even run this Python.
     """
     try:
         done = subprocess.run(  # noqa: S603 - our own command
-            [sys.executable, "-I", "-c", _CAN_READ, str(path)], check=False, capture_output=True, cwd="/", **_as(user)
+            [sys.executable, "-I", "-c", _CAN_ENTER if at_all else _CAN_READ, str(path)],
+            check=False,
+            capture_output=True,
+            cwd="/",
+            **_as(user),
         )
     except PermissionError as error:
         raise ConfigError(
@@ -152,7 +160,7 @@ def _relay_cannot(kit: SiteKit) -> None:
     if _is_folder(kit):
         forbidden[Path(kit.data)] = "the data"
     for path, what in forbidden.items():
-        if can_read(path, kit.relay_user):
+        if can_read(path, kit.relay_user, at_all=True):
             raise ConfigError(
                 f"The relay's user {kit.relay_user} can read {what}; code that the server sends could too. Take the "
                 "right away (chmod o-rwx, and no group in common)."

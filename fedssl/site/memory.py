@@ -70,6 +70,7 @@ class SiteMemory:
         tensors = {f"optimizer/{name}": value for name, value in state.optimizer.items()}
         tensors |= {f"own/{name}": value for name, value in state.own.items()}
         kept = {self._file(order.run, f"round_{number:05d}") for number in (order.last, order.number)}
+        kept.add(self._file(order.run, f"scores_{order.number:05d}"))  # who is killed before it answers is asked again
         path = self._file(order.run, f"round_{order.number:05d}")
         save_tensors(path, tensors, {"round": order.number, "scale": state.scale}, _WHAT)
         for other in path.parent.iterdir():  # older rounds, scores, and what a killed process was writing

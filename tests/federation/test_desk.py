@@ -4,9 +4,10 @@ import io
 import json
 from datetime import date
 
+import numpy as np
 import pytest
 import yaml
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedssl import wire
 from fedssl.answering import configuration, forget_sites
@@ -102,30 +103,48 @@ def test_a_round_that_is_over_and_a_second_question_in_a_round_are_refused_as_re
     assert [entry["kind"] for entry in manifest(desk)] == ["train", "train", "refusal", "refusal"]
 
 
-def test_column_sums_are_told_for_one_state_a_round_and_not_without_end(kit, plan):
-    plan = [*plan, "federation.equipartition=federated-sinkhorn", "federation.sinkhorn_iterations=2"]
+def test_column_sums_are_told_for_few_questions_a_round_and_only_where_the_plan_has_them(kit, plan):
+    sinkhorn = [*plan, "federation.equipartition=federated-sinkhorn", "federation.sinkhorn_iterations=2"]
     desk = make_desk(kit)
 
-    def sums(number=1, state=None):
-        asked = question(plan, number, kind="train", state=state)
+    def sums(settings, potentials=None, **changed):
+        asked = question(settings, **changed)
         asked.facts["kind"] = "query.marginals"
+        if potentials is not None:
+            asked.content["guide"] = ArrayRecord({"potentials": Array(np.full(4, potentials))})
         return Answer(desk.answer(asked))
 
-    def more():
-        asked = question(plan, kind="query.marginals")
-        return Answer(desk.answer(asked))
-
-    first = sums()
+    assert "tells column sums only with federation.equipartition" in sums(plan).reason
+    first = sums(sinkhorn)
     assert first.reason == ""
     assert first.content.array_records["counts"]["sums"].numpy().shape == (4,)
-    told = [more().reason for _ in range(21)]
-    assert told[:20] == [""] * 20
-    assert "was asked 20 times for its column sums" in told[20]
-    config = configuration(as_text(["data.root=unused", *plan]))
-    moved = {name: value + 1 for name, value in first_state(config, build_method(config)).items()}
-    assert "with another state before" in sums(state=moved).reason
-    assert Answer(desk.answer(question(plan))).reason == ""
+    assert [sums(sinkhorn, potentials=float(one)).reason for one in (0, 1, 2, 1, 0)] == [""] * 5
+    assert "was asked 4 times for its column sums" in sums(sinkhorn, potentials=9.0).reason
+    assert "an order that cannot be" in sums(sinkhorn, number=-1).reason
+    assert Answer(desk.answer(question(sinkhorn))).reason == ""
     assert {entry["kind"] for entry in manifest(desk)} == {"marginals", "refusal", "train"}
+
+
+@pytest.mark.parametrize("changed", [{"contrast": 2.0}, {"precision": "bfloat16"}])
+def test_the_same_state_in_another_order_of_the_same_round_is_refused(kit, plan, changed):
+    desk = make_desk(kit)
+    assert Answer(desk.answer(question(plan))).reason == ""
+    assert "with another state before" in Answer(desk.answer(question(plan, **changed))).reason
+
+
+@pytest.mark.parametrize("changed", [{"number": 0}, {"number": -1}, {"number": 3}, {"last": 2}, {"last": -1}])
+def test_an_order_that_cannot_be_is_refused(kit, plan, changed):
+    answer = Answer(make_desk(kit).answer(question(plan, **changed)))
+    assert "an order that cannot be" in answer.reason or "asked to train no round" in answer.reason
+
+
+def test_a_run_name_that_is_none_is_refused_before_anything_is_written(kit, plan):
+    asked = question(plan)
+    asked.content["order"]["run"] = "x" * 3_000_000
+    desk = make_desk(kit)
+    assert "an order that cannot be" in Answer(desk.answer(asked)).reason
+    assert not (kit.state / "rounds.json").exists()
+    assert desk.egress.path.stat().st_size < 3000
 
 
 def test_the_policy_refuses_before_the_images_are_touched_and_the_manifest_says_so(kit, plan):
@@ -174,7 +193,7 @@ def test_settings_that_refer_to_others_are_refused_and_their_values_are_not_told
 def test_settings_that_could_call_or_name_anything_are_refused(kit, plan, override):
     asked = question(plan)
     asked.facts["overrides"] += f" {override}"
-    assert "does not take settings that hold" in Answer(make_desk(kit).answer(asked)).reason
+    assert "does not take" in Answer(make_desk(kit).answer(asked)).reason
 
 
 def test_the_server_does_not_say_how_the_hospitals_machine_decodes_or_where_anything_lies(kit, plan, tmp_path):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from fedssl import relay as relaying
 from fedssl.deployment.lines import Lines, listen, uid_of
 from fedssl.deployment.replays import Replays
-from fedssl.errors import ConfigError, DataError, FederationError, PolicyError
+from fedssl.errors import ConfigError, DataError, FederationError, FedsslError, PolicyError
 from fedssl.frames import read_frame, send_frame, write_frame
 from fedssl.relay import relay
 
@@ -120,9 +120,13 @@ class Agent:
         self.thread = threading.Thread(target=lines.serve, daemon=True)
         self.thread.start()
 
+    @staticmethod
+    def refused(error):
+        return write_frame({}, RecordDict({"refused": ConfigRecord({"site": "A", "reason": str(error)})}))
+
     def answer(self, question):
-        if isinstance(question, FederationError):
-            return write_frame({}, RecordDict({"refused": ConfigRecord({"site": "A", "reason": str(question)})}))
+        if isinstance(question, FedsslError):
+            return self.refused(question)
         self.asked += 1
         if self.asked <= self.deaths:
             raise ConnectionResetError
@@ -242,16 +246,45 @@ def test_an_old_round_is_refused_as_a_replay_and_the_same_question_is_not(tmp_pa
     with pytest.raises(PolicyError, match="refuses round 3: it was asked for this round with another state"):
         again.admit("ab" * 8, 3, "x")
     again.admit("ab" * 8, 3, "y")
-    for _ in range(2):
-        again.admit("ab" * 8, 3, "", most=2)
-    with pytest.raises(PolicyError, match="was asked 2 times for its column sums"):
-        again.admit("ab" * 8, 3, "", most=2)
     with pytest.raises(PolicyError, match="refuses round 2 as a replay"):
-        again.admit("ab" * 8, 2, "", most=2)
-    with pytest.raises(PolicyError, match="refuses round 4 as a replay"):
-        again.admit("ab" * 8, 4, "", most=2)  # column sums of a state that was never sent
+        again.admit_sums("ab" * 8, 2, "p", 2)
+    for question in ("p", "q", "p", "q", "p"):
+        again.admit_sums("ab" * 8, 4, question, 2)
+    with pytest.raises(PolicyError, match="was asked 2 times for its column sums"):
+        again.admit_sums("ab" * 8, 4, "r", 2)
     again.admit("ab" * 8, 4, "z")
-    again.admit("ab" * 8, 4, "", most=2)
-    (tmp_path / "rounds.json").write_text("{}")
-    with pytest.raises(DataError, match="damaged list of answered rounds"):
-        again.admit("ab" * 8, 4, "y")
+    again.admit_sums("ab" * 8, 5, "r", 2)
+    with pytest.raises(PolicyError, match="refuses round 4 as a replay"):
+        again.admit("ab" * 8, 4, "z")
+    for content in ("{}", '{"runs": [["ab", 1, "x"]]}', '{"runs": {"ab": {"number": 1}}}', "[]", "no JSON"):
+        (tmp_path / "rounds.json").write_text(content)
+        with pytest.raises(DataError, match="damaged list of answered rounds"):
+            again.admit("ab" * 8, 4, "y")
+
+
+def test_no_run_is_forgotten_so_that_it_could_be_asked_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedssl.deployment.replays._MOST_RUNS", 3)
+    replays = Replays(tmp_path / "rounds.json")
+    for number in range(3):
+        replays.admit(f"{number:08x}", 1, "x")
+    with pytest.raises(PolicyError, match="has answered 3 runs and begins no other"):
+        replays.admit("ffffffff", 1, "x")
+    with pytest.raises(PolicyError, match="with another state before"):
+        replays.admit("00000000", 1, "y")
+    replays.admit("00000000", 2, "y")
+
+
+def test_a_policy_that_cannot_be_read_is_told_to_the_relay(path):
+    agent = Agent(path)
+    agent.close()
+    agent.most = None
+
+    def unreadable():
+        raise ConfigError("policy.yaml is no YAML (line 3). Mend it with an editor.")
+
+    line = listen(path)
+    told = Lines(line, frozenset({os.getuid()}), agent.refused, unreadable)
+    threading.Thread(target=told.serve, daemon=True).start()
+    assert "policy.yaml is no YAML" in ask(path).config_records["refused"]["reason"]
+    line.shutdown(socket.SHUT_RDWR)
+    line.close()
