@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedssl import progress
+from fedssl.deployment.lines import uid_of
 from fedssl.errors import StorageError
 
 _LONGEST_PAUSE_S, _STEADY_S, _STOP_S = 30.0, 60.0, 20.0
@@ -132,11 +133,11 @@ def _start(part: Part) -> subprocess.Popen[bytes]:
     if part.user is not None:
         import pwd
 
-        record = pwd.getpwnam(part.user)
+        record = pwd.getpwuid(uid_of(part.user))
         other = {
             "user": record.pw_uid,
             "group": record.pw_gid,
-            "extra_groups": os.getgrouplist(part.user, record.pw_gid),
+            "extra_groups": os.getgrouplist(record.pw_name, record.pw_gid),
         }
     try:
         return subprocess.Popen(  # noqa: S603 - our own commands

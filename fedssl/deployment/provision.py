@@ -115,14 +115,15 @@ def _write_policy(kit: Path, consortium: Consortium, site: str, now: datetime) -
     except TemplateNotFound:
         return
     expires = (now + timedelta(days=365)).date().isoformat()
-    text = template.render(consortium=consortium, site=site, expires=expires, fingerprint=_fingerprint(consortium))
+    text = template.render(consortium=consortium, site=site, expires=expires, **_plan(consortium))
     write_public(kit / POLICY_FILE, text.encode(), POLICY_FILE)
 
 
-def _fingerprint(consortium: Consortium) -> str:
-    """Give the fingerprint of the plan, to which the policy is bound; empty where it cannot be composed here."""
+def _plan(consortium: Consortium) -> dict[str, Any]:
+    """Give what the policy is bound to: the plan's fingerprint and quorum; nothing where it cannot be composed here."""
     from fedssl.config import fingerprint, load
 
     with contextlib.suppress(ConfigError):
-        return fingerprint(load(["data.root=unused", *consortium.plan]))
-    return ""
+        config = load(["data.root=unused", *consortium.plan])
+        return {"fingerprint": fingerprint(config), "min_sites": int(config["federation"]["min_sites"])}
+    return {}

@@ -66,7 +66,7 @@ def prepare(kit: SiteKit, *, one_user: bool) -> None:
             return
         import pwd
 
-        group = pwd.getpwnam(kit.relay_user).pw_gid
+        group = pwd.getpwuid(uid_of(kit.relay_user)).pw_gid
         owner = uid_of(kit.agent_user)
         room.chmod(0o2750)  # what is made in it belongs to the relay's group: the socket
         for path in (room, secret):
@@ -99,7 +99,9 @@ _CAN_ENTER = (
 
 
 def can_read(path: Path, user: str | None, *, at_all: bool = False) -> bool:
-    """Try whether a user can read a path; None: the user of this process; ``at_all``: files whose names are known count.
+    """Try whether a user can read a path; None: the user of this process.
+
+    With ``at_all`` a folder that it may enter counts too: who knows the name of a file in it can read that.
 
     Raises:
         ConfigError: that user cannot even run this Python.
@@ -125,8 +127,12 @@ def _as(user: str | None) -> dict[str, Any]:
         return {}
     import pwd
 
-    record = pwd.getpwnam(user)
-    return {"user": record.pw_uid, "group": record.pw_gid, "extra_groups": os.getgrouplist(user, record.pw_gid)}
+    record = pwd.getpwuid(uid_of(user))
+    return {
+        "user": record.pw_uid,
+        "group": record.pw_gid,
+        "extra_groups": os.getgrouplist(record.pw_name, record.pw_gid),
+    }
 
 
 def check_rights(kit: SiteKit, only: str, *, one_user: bool) -> None:
