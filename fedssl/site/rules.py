@@ -6,8 +6,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fedssl.errors import PolicyError
+from fedssl.errors import PolicyError, PrivacyError
 from fedssl.site.hours import is_open, next_opening, read_hours
+from fedssl.site.policy import PROFILES
 from fedssl.site.resources import Resources
 from fedssl.site.rules_file import Entry, read_entries, read_text
 
@@ -83,8 +84,8 @@ class Rules:
             PolicyError: names every line that does not admit it.
         """
         reasons = [
-            *self._against_time(proposal, now), *self._against_kind(proposal), *self._against_settings(proposal),
-            *self._against_use(proposal, uploaded),
+            *self._against_time(proposal, now), *self._against_kind(proposal), *self._against_privacy(proposal),
+            *self._against_settings(proposal), *self._against_use(proposal, uploaded),
         ]  # fmt: skip
         if reasons:
             raise PolicyError(f"is refused by its policy: {'; '.join(reasons)}. {_ASK}")
@@ -133,7 +134,7 @@ class Rules:
         pause = self.entries.get("pause_file")
         if pause is not None and (self.folder / pause.value).exists():
             yield _line(pause, "pause_file: the hospital pauses; try again later")
-        if proposal.number > 0 and self.minutes is not None and not is_open(self.minutes, now):
+        if proposal.number != 0 and self.minutes is not None and not is_open(self.minutes, now):
             opens = next_opening(self.minutes, now)
             when = f"it opens again on {opens:%A at %H:%M} (local time)" if opens else "it never opens"
             yield _line(self.entries["hours"], f"hours: no round is trained now; {when}")
@@ -150,9 +151,18 @@ class Rules:
             yield _line(
                 least, f"min_sites: the run has a quorum of {proposal.min_sites}, at least {least.value} is wanted"
             )
-        required = self.entries.get("privacy.required")
+
+    def _against_privacy(self, proposal: Proposal) -> Iterator[str]:
+        required, profile = self.entries.get("privacy.required"), self.entries.get("privacy.profile")
         if required is not None and required.value and not proposal.private:
             yield _line(required, "privacy.required: the run is without differential privacy at this site")
+        elif "privacy-profile" in (node := self.node_config()):
+            key = "privacy.required" if profile is None else "privacy.profile"
+            try:
+                delta = proposal.settings.get("privacy.delta")
+                PROFILES[str(node["privacy-profile"])].admit(private=proposal.private, delta=delta)
+            except PrivacyError as error:
+                yield _line(self.entries[key], f"{key}: the site {error}")
 
     def _against_settings(self, proposal: Proposal) -> Iterator[str]:
         for name, one in self.entries.items():
@@ -186,10 +196,14 @@ def _matches(name: str, allowed: str) -> bool:
 
 def _within(found: Any, allowed: Any) -> bool:  # noqa: ANN401 - whatever a setting or the YAML holds
     if isinstance(allowed, list):
-        return found in allowed
+        return any(_equal(found, one) for one in allowed)
     if isinstance(allowed, bool) or not isinstance(allowed, int | float):
-        return bool(found == allowed) and isinstance(found, bool) == isinstance(allowed, bool)
+        return _equal(found, allowed)
     return isinstance(found, int | float) and not isinstance(found, bool) and found <= allowed
+
+
+def _equal(found: Any, wanted: Any) -> bool:  # noqa: ANN401 - whatever a setting or the YAML holds
+    return bool(found == wanted) and isinstance(found, bool) == isinstance(wanted, bool)  # True == 1
 
 
 def _bound(allowed: Any) -> str:  # noqa: ANN401 - whatever the YAML holds

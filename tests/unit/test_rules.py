@@ -1,7 +1,7 @@
 """A hospital's policy: what it does not admit is refused with the line; one that cannot be read admits nothing."""
 
 from dataclasses import replace
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -24,6 +24,7 @@ ASKED = Proposal(
     "contrastive_clustering", "resnet18", "0123456789ab", 3, 3, private=False, gpu=False,
     settings={"training.local_epochs": 2.0, "training.threads": 4, "training.precision": "bf16", "resume": False},
 )  # fmt: skip
+LAX = replace(ASKED, private=True, settings={**ASKED.settings, "privacy.delta": 1e-3})
 HEAD = "version: 1\nexpires: 2027-01-31\n"
 
 
@@ -51,6 +52,10 @@ REFUSED = {
     "no such setting": ("settings:\n  training.speed: 1", ASKED, "the run has no such setting"),
     "min_sites": ("min_sites: 4", ASKED, "a quorum of 3, at least 4 is wanted"),
     "privacy": ("privacy:\n  required: true", ASKED, "without differential privacy"),
+    "a private profile": ("privacy:\n  profile: strict", ASKED, "lets only private runs train"),
+    "a profile's delta": ("privacy:\n  profile: strict", LAX, "allows a delta of 1e-06 at most; the run has 0.001"),
+    "a delta that is required": ("privacy:\n  required: true", LAX, "allows a delta of 1e-06 at most"),
+    "a number for a switch": ("settings:\n  resume: [0]", ASKED, "the run has False, one of 0 is allowed"),
     "hours": ("hours: ['22:00-06:00']", ASKED, "it opens again on Saturday at 22:00"),
     "gpu": ("resources:\n  gpu: false", replace(ASKED, gpu=True), "would use the GPU"),
     "threads": ("resources:\n  threads: 2", ASKED, "wants 4 CPU threads, 2 are allowed"),
@@ -124,6 +129,15 @@ BROKEN = {
     "a negative cap": ("resources: {memory_gb: -1}", "resources.memory_gb must be above 0"),
     "no window": ("hours: ['25:00-06:00']", "line 3: '25:00-06:00' is no time window"),
     "an empty window": ("hours: ['06:00-06:00']", "is no time window"),
+    "a tag": ("min_sites: !!python/object:os.system 3", "line 3: min_sites has a value that cannot be read"),
+    "a key that is a list": ("settings:\n  ? [a]\n  : 1", "line 4: a key is no word"),
+    "a block for a setting": ("settings: {training: {threads: 4}}", "line 3: settings.training must be a number"),
+    "a setting that has no name": ("settings: {the threads: 4}", "line 3: settings.the threads is no name"),
+    "a merge": ("privacy: &a {required: true}\n<<: *a", "line 4: << is unknown"),
+    "a cap without end": ("resources: {memory_gb: .inf}", "resources.memory_gb must be above 0 and finite"),
+    "a pause without a name": ("pause_file: ''", "line 3: pause_file must be the name of a file"),
+    "two windows that are none": ("hours: [x, y]\nmin_sites: 0", "line 4: min_sites must be at least 1; line 3: 'x'"),
+    "brackets without end": ("methods: " + "[" * 3000, "is no YAML"),
     "no YAML": ("methods: [simclr", "is no YAML (line"),
 }  # fmt: skip
 
@@ -135,7 +149,11 @@ def test_a_policy_that_is_wrong_is_refused_whole_with_the_line(text, expected, t
     assert expected in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"version: 1", b"version: 2\nexpires: 2027-01-01", b"\xff\xfe", None])
+NOTHING = [b"", b"[]", b"version: 1", b"version: 2\nexpires: 2027-01-01", b"\xff\xfe", None]
+NO_DAYS = [b"version: 1\nexpires: " + day for day in (b"2027-02-30", b"2027-01-31 10:00:00", b"'2027-01-31'", b"soon")]
+
+
+@pytest.mark.parametrize("content", NOTHING + NO_DAYS)
 def test_a_policy_that_is_empty_missing_or_no_text_admits_nothing(content, tmp_path):
     if content is not None:
         (tmp_path / "policy.yaml").write_bytes(content)
@@ -162,6 +180,42 @@ def test_a_changed_policy_is_in_force_at_once_and_a_broken_change_admits_nothing
         file.current()
 
 
+MARKS = [
+    "[",
+    "{",
+    "? ",
+    "- ",
+    "\t",
+    "'",
+    '"\\U',
+    "!!int ",
+    "!!bool ",
+    "!!timestamp x",
+    "&a ",
+    "*a",
+    "<<: ",
+    "~",
+    ".nan",
+    "1",
+]
+
+
+@given(st.integers(0, 300), st.integers(0, 8), st.sampled_from(MARKS) | st.text(max_size=4))
+@hypothesis_settings(deadline=None, max_examples=300)
+def test_whatever_is_typed_into_a_policy_is_either_read_or_refused_in_a_sentence(tmp_path_factory, at, gone, typed):
+    blocks = {text.partition(":")[0]: text for text, _, _ in REFUSED.values()}
+    whole = HEAD + "pause_file: pause\n" + "\n".join(blocks.values())
+    path = tmp_path_factory.mktemp("policy") / "policy.yaml"
+    path.write_text(whole[:at] + typed + whole[at + gone :], encoding="utf-8")
+    told = "policy.yaml."
+    try:
+        refusal(Rules.read(path))
+    except ConfigError as error:  # nothing else is raised
+        told = str(error)
+    assert told.startswith("policy.yaml")
+    assert told.endswith(".")
+
+
 def by_hand(windows, moment):
     """Whether a window is open, by looking at the clock and the calendar of today and yesterday."""
     for day, begin, end in windows:
@@ -176,17 +230,17 @@ def by_hand(windows, moment):
     return False
 
 
-def test_windows_are_open_as_a_look_at_the_clock_says_minute_by_minute_over_a_change_of_the_clock():
+@pytest.mark.parametrize("monday", [datetime(2026, 10, 19, tzinfo=UTC), datetime(2027, 3, 22, tzinfo=UTC)])
+def test_windows_are_open_as_a_look_at_the_clock_says_minute_by_minute_over_a_change_of_the_clock(monday):
     windows = [(None, "20:00", "06:00"), ("sat", "00:00", "24:00"), ("sun", "23:30", "00:15")]
     minutes = read_hours([f"{day + ' ' if day else ''}{begin}-{end}" for day, begin, end in windows], 1)
-    start = datetime(2026, 10, 19, tzinfo=ZoneInfo("UTC"))
     berlin = ZoneInfo("Europe/Berlin")
-    moments = [(start + timedelta(minutes=minute)).astimezone(berlin) for minute in range(14 * 24 * 60)]
+    moments = [(monday + timedelta(minutes=minute)).astimezone(berlin) for minute in range(14 * 24 * 60)]
     assert {moment.utcoffset() for moment in moments} == {timedelta(hours=1), timedelta(hours=2)}
     assert [is_open(minutes, moment) for moment in moments] == [by_hand(windows, moment) for moment in moments]
-    closed = next(moment for moment in moments if not is_open(minutes, moment))
-    opens = next_opening(minutes, closed)
-    assert opens == next(moment for moment in moments if moment > closed and is_open(minutes, moment))
+    closed = [at for at, moment in enumerate(moments) if not is_open(minutes, moment)]
+    for at in closed[: -14 * 60 : 97]:  # the last ones open after the fortnight
+        assert next_opening(minutes, moments[at]) == next(one for one in moments[at:] if is_open(minutes, one))
 
 
 @given(st.sets(st.sampled_from(sorted(REFUSED)), max_size=5), st.sampled_from(sorted(REFUSED)))
