@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+SITE_MARGINALS, FEDERATED_SINKHORN = "site-marginals", "federated-sinkhorn"  # of federation.equipartition
 _SMOOTHING = 0.1  # share of equal marginals mixed in, so that a prototype can come (back) to a site
 _LEAST = 1e-6  # of an equal share: a prototype whose logarithm stays finite
 _BALANCING = 200

@@ -202,18 +202,30 @@ def write_json_durably(path: Path, value: Any, what: str) -> None:  # noqa: ANN4
         raise _explained(error, what, "Free space") from error
 
 
-def new_secret(path: Path, mode: int) -> None:
-    """Write 32 random bytes to a file that must not exist, readable as ``mode`` says from its first moment.
+def new_file(path: Path, data: bytes, mode: int) -> None:
+    """Write a file that must not exist, readable as ``mode`` says from its first moment; whole or not at all.
 
     Raises:
         OSError: it exists or cannot be written.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
     try:
-        os.write(descriptor, secrets.token_bytes(32))
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError:
+        path.unlink(missing_ok=True)  # our own, not yet whole
+        raise
+
+
+def new_secret(path: Path, mode: int) -> None:
+    """Write 32 random bytes to a file that must not exist.
+
+    Raises:
+        OSError: it exists or cannot be written.
+    """
+    new_file(path, secrets.token_bytes(32), mode)
 
 
 def state_folder() -> Path:

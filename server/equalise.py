@@ -15,7 +15,6 @@ from fedssl.packing import Packed
 from server.exchange import Plan, ask, failure
 from server.roster import Member
 
-SITE_MARGINALS, FEDERATED_SINKHORN = "site-marginals", "federated-sinkhorn"
 COLUMN_SUMS = "marginals"  # the action of the query by which a site answers one iteration
 Guides = dict[str, dict[str, Tensor]]
 

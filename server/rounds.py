@@ -19,12 +19,13 @@ from fedssl import progress, wire
 from fedssl.aggregation.base import Aggregator
 from fedssl.clustering import cluster_information
 from fedssl.errors import FederationError, UpdateRefused
+from fedssl.marginals import FEDERATED_SINKHORN, SITE_MARGINALS
 from fedssl.methods.base import PROTOTYPES
 from fedssl.order import Order
 from fedssl.packing import FULL, pack, size_in_bytes, unpack
 from fedssl.update import Limits, Update, change_of, check_update, cosine_to
 from server.combine import Combination
-from server.equalise import FEDERATED_SINKHORN, SITE_MARGINALS, Guides, federated_sinkhorn, site_marginals
+from server.equalise import Guides, federated_sinkhorn, site_marginals
 from server.exchange import Plan, ask, failure, require
 from server.roster import Member, Roster
 

@@ -10,10 +10,11 @@ from rich.console import Console
 from fedssl import progress
 from fedssl.console import shown
 from fedssl.deployment.desk import Desk
-from fedssl.deployment.lines import Lines, listen, uid_of
+from fedssl.deployment.lines import Lines, listen
 from fedssl.deployment.parts import stopped_by_signals
 from fedssl.deployment.replays import Replays
 from fedssl.deployment.settings import POLICY_FILE, SiteKit
+from fedssl.deployment.users import uid_of
 from fedssl.errors import FedsslError, StorageError
 from fedssl.frames import Frame
 from fedssl.site.egress import Egress, default_egress

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedssl.errors import ConfigError, StorageError
-from fedssl.storage import atomic_file
+from fedssl.storage import atomic_file, new_file
 
 SERVER_NAME = "server"
 SERVER_ROLE, SITE_ROLE = "server", "site"
@@ -99,19 +99,13 @@ def write_private(path: Path, data: bytes) -> None:
         StorageError: it cannot be written.
     """
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        new_file(path, data, 0o600)
     except FileExistsError as error:
         raise ConfigError(f"{path.name} is there already and is never written over.") from error
     except OSError as error:
-        raise StorageError(f"{path.name} could not be made ({error.strerror}). Check the folder's rights.") from error
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        path.unlink(missing_ok=True)  # our own, not yet whole
-        raise StorageError(f"{path.name} could not be written whole ({error.strerror}). Free space.") from error
+        raise StorageError(
+            f"{path.name} could not be written ({error.strerror}). Check the folder's rights and free space."
+        ) from error
 
 
 def read_bytes(path: Path, remedy: str) -> bytes:

@@ -17,13 +17,13 @@ from fedssl.deployment.replays import Replays
 from fedssl.deployment.settings import SiteKit
 from fedssl.errors import FederationError, FedsslError, PolicyError
 from fedssl.frames import Frame, write_frame
+from fedssl.marginals import FEDERATED_SINKHORN
 from fedssl.order import Order
 from fedssl.packing import size_in_bytes
 from fedssl.site.egress import Egress, bytes_since, describe_counts, describe_state
 from fedssl.site.rules import Rules, RulesFile
 from fedssl.update import state_digest
 
-FEDERATED_SINKHORN = "federated-sinkhorn"
 _UNRECORDED = "cannot write its egress manifest, so nothing leaves; its own log says why"
 _DAY = timedelta(days=1)
 _NEVER = {  # in settings that come from a server
@@ -58,39 +58,37 @@ class Desk:
 
     def answer(self, question: Frame | FedsslError) -> list[bytes]:
         """Give the frame that goes back; it is in the manifest when it is given."""
-        rules = None
-        kind = "unknown"
+        kind, given = "unknown", Answer(RecordDict())
         try:
             if isinstance(question, FedsslError):
                 raise question
             kind, overrides = _text(question, "kind"), _text(question, "overrides")
             rules = self.rules.current()
-            node_config = self._node_config(rules)
-            if self._warm != (overrides, node_config):  # the model of another run or policy is not kept
-                forget_sites()
-                self._warm = (overrides, node_config)
-            given = answer(kind, overrides, question.content, node_config, _Admission(self, rules))
-            self._admit_message(rules, given.content)
+            given = self._answered(kind, overrides, question, rules)
+            parts = write_frame({}, given.content)
+            entry = describe(kind, given, parts)
+            names = [tensor["name"] for tensor in entry["tensors"]]
+            rules.admit_message(names, size_in_bytes(given.content), self.uploaded_today())
         except FedsslError as error:
-            given = Answer(wire.write_refusal(wire.Refusal(self.kit.site, str(error))))
-        return self._recorded(kind, given)
+            given = Answer(wire.write_refusal(wire.Refusal(self.kit.site, str(error))), given.order)
+            parts = write_frame({}, given.content)
+            entry = describe(kind, given, parts)
+        return self._recorded(entry, parts)
 
-    def _node_config(self, rules: Rules) -> dict[str, Any]:
-        return {**self.kit.node_config(), **rules.node_config()}
-
-    def _admit_message(self, rules: Rules, content: RecordDict) -> None:
-        if "state" in content:
-            names = [entry["name"] for entry in _tensors(content)]
-            rules.admit_message(names, size_in_bytes(content), self.uploaded_today())
+    def _answered(self, kind: str, overrides: str, question: Frame, rules: Rules) -> Answer:
+        node_config = {**self.kit.node_config(), **rules.node_config()}
+        if self._warm != (overrides, node_config):  # the model of another run or policy is not kept
+            forget_sites()
+            self._warm = (overrides, node_config)
+        return answer(kind, overrides, question.content, node_config, _Admission(self, rules))
 
     def uploaded_today(self) -> int:
         """Bytes that left in the last 24 hours."""
         return bytes_since(self.egress, datetime.now().astimezone() - _DAY)
 
-    def _recorded(self, kind: str, given: Answer) -> list[bytes]:
-        parts = write_frame({}, given.content)
+    def _recorded(self, fields: dict[str, Any], parts: list[bytes]) -> list[bytes]:
         try:
-            entry = self.egress.append(describe(kind, given, parts))
+            entry = self.egress.append(fields)
         except FedsslError as error:
             progress.publish(progress.Note(str(error), alarm=True))
             return write_frame({}, wire.write_refusal(wire.Refusal(self.kit.site, _UNRECORDED)))

@@ -1,7 +1,6 @@
 """The agent's Unix socket: who may ask, and one question at a time."""
 
 import contextlib
-import os
 import socket
 import struct
 import threading
@@ -91,9 +90,8 @@ class Lines:
 
     def _talk(self, connection: socket.socket) -> None:
         with connection:
-            user = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[
-                1
-            ]
+            told = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            _, user, _ = _CREDENTIALS.unpack(told)
             if user not in self.allowed:
                 text = f"A user (uid {user}) who is not the relay's asked the agent and got nothing."
                 progress.publish(progress.Note(text, alarm=True))
@@ -117,28 +115,3 @@ class Lines:
                 while stream.read(_CHUNK):
                     pass
                 return error
-
-
-def uid_of(user: str) -> int:
-    """Give the number of a user, by name or number.
-
-    Raises:
-        ConfigError: there is no such user on this machine.
-    """
-    import pwd
-
-    try:
-        return int(user) if user.isdigit() else pwd.getpwnam(user).pw_uid
-    except KeyError as error:
-        raise ConfigError(
-            f"There is no user {user} on this machine. Make it (useradd --system {user}), or name another in site.yaml."
-        ) from error
-
-
-def own_name() -> str:
-    """Name of the user who runs this process, or its number."""
-    import pwd
-
-    with contextlib.suppress(KeyError):
-        return pwd.getpwuid(os.getuid()).pw_name
-    return str(os.getuid())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedssl import progress
-from fedssl.deployment.lines import uid_of
+from fedssl.deployment.users import started_as
 from fedssl.errors import StorageError
 
 _LONGEST_PAUSE_S, _STEADY_S, _STOP_S = 30.0, 60.0, 20.0
@@ -129,21 +129,11 @@ def _start(part: Part) -> subprocess.Popen[bytes]:
         raise StorageError(
             f"The log of the {part.name} cannot be opened ({error.strerror}). Check the rights."
         ) from error
-    other: dict[str, Any] = {}
-    if part.user is not None:
-        import pwd
-
-        record = pwd.getpwuid(uid_of(part.user))
-        other = {
-            "user": record.pw_uid,
-            "group": record.pw_gid,
-            "extra_groups": os.getgrouplist(record.pw_name, record.pw_gid),
-        }
     try:
         return subprocess.Popen(  # noqa: S603 - our own commands
             list(part.command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd="/",
             env={**(os.environ if part.inherits else {}), **part.environment}, preexec_fn=_die_with_us,
-            start_new_session=True, **other,
+            start_new_session=True, **started_as(part.user),
         )  # fmt: skip
     finally:
         os.close(log)

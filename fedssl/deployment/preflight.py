@@ -12,7 +12,6 @@ from pathlib import Path
 
 import fedssl
 from fedssl.deployment.agent import own_folders
-from fedssl.deployment.lines import own_name, uid_of
 from fedssl.deployment.preflight_checks import clock, plan, policy, server, users, version
 from fedssl.deployment.preflight_images import decode, index, round_time
 from fedssl.deployment.preflight_look import Look
@@ -21,6 +20,7 @@ from fedssl.deployment.preflight_report import FAIL, UNKNOWN, Finding, Report
 from fedssl.deployment.preflight_report import report_json as report_json
 from fedssl.deployment.preflight_report import write_page as write_page
 from fedssl.deployment.settings import SiteKit
+from fedssl.deployment.users import account, own_name, uid_of
 from fedssl.errors import FedsslError
 from fedssl.storage import cache_folder
 
@@ -101,9 +101,7 @@ def _as_agent(kit: SiteKit) -> Iterator[None]:
     if os.getuid() != 0 or uid_of(kit.agent_user) == 0:
         yield
         return
-    import pwd
-
-    record, groups = pwd.getpwuid(uid_of(kit.agent_user)), os.getgroups()
+    record, groups = account(kit.agent_user), os.getgroups()
     os.setgroups(os.getgrouplist(record.pw_name, record.pw_gid))
     os.setegid(record.pw_gid)
     os.seteuid(record.pw_uid)

@@ -11,11 +11,11 @@ from fedssl.build_rules import proposal_of
 from fedssl.config import as_text, fingerprint
 from fedssl.deployment.certificates import read_certificate
 from fedssl.deployment.hello import Hello, hello
-from fedssl.deployment.lines import uid_of
 from fedssl.deployment.preflight_look import Look, differences
 from fedssl.deployment.preflight_report import FAIL, OK, UNKNOWN, WARN, Figure, Finding
 from fedssl.deployment.rights import can_read
 from fedssl.deployment.settings import CA_FILE, POLICY_FILE, SiteKit
+from fedssl.deployment.users import uid_of
 from fedssl.errors import ConfigError, PolicyError
 from fedssl.site.rules import Rules, RulesFile
 

@@ -14,8 +14,8 @@ from fedssl.build_privacy import is_private
 from fedssl.config import REMOTE, Config
 from fedssl.data.store import Store
 from fedssl.deployment.hello import Hello
-from fedssl.deployment.lines import own_name
 from fedssl.deployment.settings import SiteKit
+from fedssl.deployment.users import own_name
 from fedssl.errors import DataError
 from fedssl.packing import HALVES
 from fedssl.site.agent import SiteAgent

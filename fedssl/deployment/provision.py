@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateNotFound
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedssl.deployment.authority import REVOKED_FILE, Authority
 from fedssl.deployment.certificates import SERVER_NAME, read_request, write_public
@@ -110,10 +110,7 @@ def _write(folder: Path, files: dict[str, str], values: dict[str, Any]) -> None:
 
 
 def _write_policy(kit: Path, consortium: Consortium, site: str, now: datetime) -> None:
-    try:
-        template = _templates().get_template(f"{POLICY_FILE}.j2")
-    except TemplateNotFound:
-        return
+    template = _templates().get_template(f"{POLICY_FILE}.j2")
     expires = (now + timedelta(days=365)).date().isoformat()
     text = template.render(consortium=consortium, site=site, expires=expires, **_plan(consortium))
     write_public(kit / POLICY_FILE, text.encode(), POLICY_FILE)
@@ -126,4 +123,4 @@ def _plan(consortium: Consortium) -> dict[str, Any]:
     with contextlib.suppress(ConfigError):
         config = load(["data.root=unused", *consortium.plan])
         return {"fingerprint": fingerprint(config), "min_sites": int(config["federation"]["min_sites"])}
-    return {}
+    return {"fingerprint": "", "min_sites": 0}

@@ -4,11 +4,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from fedssl import progress
-from fedssl.deployment.lines import own_name, uid_of
 from fedssl.deployment.settings import SITE_FILE, SiteKit
+from fedssl.deployment.users import account, own_name, started_as, uid_of
 from fedssl.errors import ConfigError, StorageError
 from fedssl.storage import new_secret
 
@@ -64,22 +63,17 @@ def prepare(kit: SiteKit, *, one_user: bool) -> None:
             new_secret(secret, 0o640)
         if one_user:
             return
-        import pwd
-
-        group = pwd.getpwuid(uid_of(kit.relay_user)).pw_gid
-        owner = uid_of(kit.agent_user)
-        room.chmod(0o2750)  # what is made in it belongs to the relay's group: the socket
+        owner, group = uid_of(kit.agent_user), account(kit.relay_user).pw_gid
         for path in (room, secret):
             os.chown(path, owner, group, follow_symlinks=False)
-        room.chmod(0o2750)
+        room.chmod(0o2750)  # what is made in it belongs to the relay's group: the socket
         if os.getuid() == 0:
             for path in (kit.state, kit.folder / "site.key"):
                 os.chown(path, owner, -1, follow_symlinks=False)
-    except (OSError, KeyError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "unknown user"
+    except OSError as error:
         raise StorageError(
-            f"The kit's folders cannot be prepared ({reason}). Let {kit.agent_user} own the kit and be in the group of "
-            f"{kit.relay_user}: usermod -aG {kit.relay_user} {kit.agent_user}"
+            f"The kit's folders cannot be prepared ({error.strerror}). Let {kit.agent_user} own the kit and be in the "
+            f"group of {kit.relay_user}: usermod -aG {kit.relay_user} {kit.agent_user}"
         ) from error
 
 
@@ -112,7 +106,7 @@ def can_read(path: Path, user: str | None, *, at_all: bool = False) -> bool:
             check=False,
             capture_output=True,
             cwd="/",
-            **_as(user),
+            **started_as(user if os.getuid() == 0 else None),
         )
     except PermissionError as error:
         raise ConfigError(
@@ -120,19 +114,6 @@ def can_read(path: Path, user: str | None, *, at_all: bool = False) -> bool:
             "example below /opt, with a Python that is not in somebody's home folder."
         ) from error
     return done.returncode == 0
-
-
-def _as(user: str | None) -> dict[str, Any]:
-    if user is None or os.getuid() != 0:
-        return {}
-    import pwd
-
-    record = pwd.getpwuid(uid_of(user))
-    return {
-        "user": record.pw_uid,
-        "group": record.pw_gid,
-        "extra_groups": os.getgrouplist(record.pw_name, record.pw_gid),
-    }
 
 
 def check_rights(kit: SiteKit, only: str, *, one_user: bool) -> None:

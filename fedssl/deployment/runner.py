@@ -51,8 +51,9 @@ class Runner:
         self.failures = 0
         self.due = self.looked = 0.0
         self.progressed = time.monotonic()
+        self._read: dict[str, tuple[tuple[int, int], list[dict[str, Any]]]] = {}
         self.round = self._round()
-        self.events = len(read_jsonl(kit.run / "events.jsonl"))
+        self.events = len(self._rows("events.jsonl"))
 
     def step(self) -> tuple[str, str]:
         """Do what is due; gives the state (``running``, ``retrying``, ``done``, ``gave up``) and a sentence.
@@ -123,13 +124,25 @@ class Runner:
             return content if isinstance(content, dict) else {}
         return {}
 
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        """Read a file of the run, but only when it has changed: it is looked at twice a second."""
+        path = self.kit.run / name
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            return []
+        stamp = (found.st_size, found.st_mtime_ns)
+        if name not in self._read or self._read[name][0] != stamp:
+            self._read[name] = (stamp, read_jsonl(path))
+        return self._read[name][1]
+
     def _round(self) -> int:
-        rows = read_jsonl(self.kit.run / "round_metrics.jsonl")
+        rows = self._rows("round_metrics.jsonl")
         return int(rows[-1]["round"]) if rows else 0
 
     def _repeat_events(self) -> None:
         """Say here what the ServerApp said in its own process."""
-        rows = read_jsonl(self.kit.run / "events.jsonl")
+        rows = self._rows("events.jsonl")
         if len(rows) < self.events:
             self.events = 0
         for row in rows[self.events :]:

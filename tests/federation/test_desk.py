@@ -167,6 +167,16 @@ def test_a_tensor_that_the_policy_does_not_let_out_stays_and_only_the_reason_lea
     assert manifest(desk)[0]["tensors"] == []
 
 
+def test_column_sums_too_are_measured_against_the_caps_of_a_message(kit, plan):
+    policy(kit.folder, resources={"upload_mb_per_message": 0.00001})
+    asked = question([*plan, "federation.equipartition=federated-sinkhorn"])
+    asked.facts["kind"] = "query.marginals"
+    desk = make_desk(kit)
+    assert "resources.upload_mb_per_message" in Answer(desk.answer(asked)).reason
+    (entry,) = manifest(desk)
+    assert (entry["kind"], entry["round"], entry["counts"]) == ("refusal", 1, [])
+
+
 def test_nothing_leaves_when_the_manifest_was_altered(kit, plan, heard):
     desk = make_desk(kit)
     desk.answer(question(plan, 0, kind="query"))

@@ -17,8 +17,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from fedssl import relay as relaying
-from fedssl.deployment.lines import Lines, listen, uid_of
+from fedssl.deployment.lines import Lines, listen
 from fedssl.deployment.replays import Replays
+from fedssl.deployment.users import uid_of
 from fedssl.errors import ConfigError, DataError, FederationError, FedsslError, PolicyError
 from fedssl.frames import read_frame, send_frame, write_frame
 from fedssl.relay import relay

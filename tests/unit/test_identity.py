@@ -30,6 +30,7 @@ from fedssl.deployment.issuing import certificate_for, subject_of
 from fedssl.deployment.provision import provision
 from fedssl.deployment.settings import Consortium, ServerKit, SiteKit
 from fedssl.errors import ConfigError, StorageError
+from fedssl.site.rules import Rules
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 DAY = timedelta(days=1)
@@ -128,6 +129,14 @@ def test_an_empty_plan_and_an_address_of_version_6_are_read_too(tmp_path):
     site = SiteKit.read(tmp_path / "kits" / "sites" / "NORTH")
     assert (site.plan, site.server) == ((), "[2001:db8::1]:65535")
     assert ServerKit.read(tmp_path / "kits" / "server").inner_port == 65534
+
+
+def test_a_plan_that_cannot_be_composed_here_leaves_the_policy_unbound_and_readable(tmp_path):
+    provision(replace(CONSORTIUM, plan=("encoder=of-another-version",)), tmp_path / "kits")
+    for site in CONSORTIUM.sites:
+        text = (tmp_path / "kits" / "sites" / site / "policy.yaml").read_text()
+        assert "# configurations:" in text
+        assert Rules.read(tmp_path / "kits" / "sites" / site / "policy.yaml").entries["min_sites"].value >= 1
 
 
 def test_a_kit_has_all_its_files_readable_and_its_scripts_run(kits):
