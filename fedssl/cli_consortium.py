@@ -27,7 +27,7 @@ def provision(
     fedssl provision consortium.yaml --out kits
     """
     with explained():
-        from fedssl.deployment.provision import provision as write_kits
+        from fedssl.deployment.identity.provision import provision as write_kits
         from fedssl.deployment.settings import Consortium
 
         found = Consortium.read(consortium)
@@ -49,7 +49,7 @@ def request(
     fedssl request .
     """
     with explained():
-        from fedssl.deployment.enrolment import request as write_request
+        from fedssl.deployment.identity.enrolment import request as write_request
 
         made = write_request(kit, renew=renew)
     print_line(f"Send {made.path} to the operator; it is no secret. The private key stays in the kit.")
@@ -74,8 +74,8 @@ def sign(
     Puts a site's certificate and the list of the revoked also into the server's kit if that lies beside the authority.
     """
     with explained():
-        from fedssl.deployment.authority import Authority
-        from fedssl.deployment.certificates import SERVER_NAME, fingerprint, read_request, write_public
+        from fedssl.deployment.identity.authority import Authority
+        from fedssl.deployment.identity.certificates import SERVER_NAME, fingerprint, read_request, write_public
 
         opened, asked = Authority.open(authority), read_request(request)
         if show:
@@ -104,7 +104,7 @@ def install(
     fedssl install . NORTH.crt
     """
     with explained():
-        from fedssl.deployment.enrolment import install as put
+        from fedssl.deployment.identity.enrolment import install as put
 
         done = put(kit, certificate, datetime.now(UTC))
     print_line(f"{done.path.name} of {done.name} is in the kit. Next: fedssl preflight {kit}")
@@ -119,7 +119,7 @@ def revoke(
     fedssl revoke kits/authority NORTH
     """
     with explained():
-        from fedssl.deployment.authority import Authority
+        from fedssl.deployment.identity.authority import Authority
 
         opened = Authority.open(authority)
         count = opened.revoke(name, datetime.now(UTC))
@@ -138,8 +138,8 @@ def certificates(authority: AuthorityFolder, output: FormatOption = Format.TEXT)
     fedssl certificates kits/authority
     """
     with explained():
-        from fedssl.deployment.authority import Authority
-        from fedssl.deployment.expiry import overview
+        from fedssl.deployment.identity.authority import Authority
+        from fedssl.deployment.identity.expiry import overview
 
         found = overview(Authority.open(authority), datetime.now(UTC))
     if output is Format.JSON:

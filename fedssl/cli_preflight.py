@@ -34,8 +34,8 @@ def preflight(
     to the operator when something is wrong. Exit code 2 if a check fails.
     """
     with explained():
-        from fedssl.deployment.preflight import preflight as look
-        from fedssl.deployment.preflight import report_json, write_page
+        from fedssl.deployment.preflight.all_checks import preflight as look
+        from fedssl.deployment.preflight.all_checks import report_json, write_page
         from fedssl.deployment.settings import SERVER_FILE, SITE_FILE, SiteKit
         from fedssl.storage import write_json
 

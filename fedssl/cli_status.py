@@ -13,8 +13,8 @@ from fedssl.explained import FormatOption, explained
 from fedssl.printing import Format, print_json, print_line, print_table
 
 if TYPE_CHECKING:
-    from fedssl.deployment.status import SiteStatus, Status
-    from fedssl.deployment.status_values import Alarm, Part
+    from fedssl.deployment.status.standing import SiteStatus, Status
+    from fedssl.deployment.status.values import Alarm, Part
 
 _NONE = "-"
 
@@ -66,11 +66,11 @@ def _shower(kit: Path, html: Path | None, output: Format) -> Callable[[], bool]:
 
 def _show_server(kit: Path, html: Path | None, output: Format) -> bool:
     from fedssl.deployment.settings import ServerKit
-    from fedssl.deployment.status import as_json, read_status
+    from fedssl.deployment.status.standing import as_json, read_status
 
     found = read_status(ServerKit.read(kit), datetime.now(UTC))
     if html is not None:
-        from fedssl.deployment.status_page import write_status_page
+        from fedssl.deployment.status.page import write_status_page
 
         write_status_page(html, found)
     if output is Format.JSON:
@@ -82,7 +82,7 @@ def _show_server(kit: Path, html: Path | None, output: Format) -> bool:
 
 def _show_site(kit: Path, output: Format) -> bool:
     from fedssl.deployment.settings import SiteKit
-    from fedssl.deployment.status import as_json, site_status
+    from fedssl.deployment.status.standing import as_json, site_status
 
     found = site_status(SiteKit.read(kit), datetime.now(UTC))
     if output is Format.JSON:
@@ -93,8 +93,8 @@ def _show_site(kit: Path, output: Format) -> bool:
 
 
 def _print_server(found: "Status") -> None:
-    from fedssl.deployment.status_files import span
-    from fedssl.deployment.status_page import figure
+    from fedssl.deployment.status.files import span
+    from fedssl.deployment.status.page import figure
 
     print_line(f"{found.name}, {_clock(found.written)}. {found.sentence}")
     last = found.history[-1] if found.history else None
@@ -115,8 +115,8 @@ def _print_server(found: "Status") -> None:
 
 
 def _site_row(found: "Status", number: int) -> dict[str, Any]:
-    from fedssl.deployment.status_files import span
-    from fedssl.deployment.status_page import figure, size
+    from fedssl.deployment.status.files import span
+    from fedssl.deployment.status.page import figure, size
 
     site = found.sites[number]
     private = any(one.epsilon is not None for one in found.sites)
@@ -135,7 +135,7 @@ def _site_row(found: "Status", number: int) -> dict[str, Any]:
 
 
 def _print_site(found: "SiteStatus") -> None:
-    from fedssl.deployment.status_page import size
+    from fedssl.deployment.status.page import size
 
     print_line(f"{found.name}, {_clock(found.written)}. {found.sentence}")
     if found.last_round is None:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fedssl import progress
-from fedssl.deployment.admission import admitted
+from fedssl.deployment.identity.admission import admitted
 from fedssl.deployment.settings import CA_FILE, ServerKit
 from fedssl.deployment.superlink import SuperLink
 from fedssl.errors import FederationError

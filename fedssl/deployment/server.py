@@ -14,8 +14,8 @@ from fedssl.deployment.parts import Part, Parts, stopped_by_signals
 from fedssl.deployment.registrar import Registrar
 from fedssl.deployment.runner import Runner
 from fedssl.deployment.settings import CA_FILE, ServerKit
-from fedssl.deployment.status import read_status
-from fedssl.deployment.status_page import write_status_page
+from fedssl.deployment.status.page import write_status_page
+from fedssl.deployment.status.standing import read_status
 from fedssl.deployment.superlink import SuperLink
 from fedssl.errors import ConfigError, FederationError, FedsslError
 from fedssl.storage import write_json
@@ -42,7 +42,7 @@ def run_server(folder: Path) -> None:
         gate = [
             sys.executable,
             "-m",
-            "fedssl.deployment.doorkeeper",
+            "fedssl.deployment.gate.doorkeeper",
             str(kit.folder),
             "--fingerprint",
             runner.fingerprint,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedssl import progress
 from fedssl.deployment.agent import own_folders
-from fedssl.deployment.hello import hello
+from fedssl.deployment.gate.hello import hello
 from fedssl.deployment.parts import FLOWER_ENVIRONMENT, Part, Parts, stopped_by_signals
 from fedssl.deployment.rights import AGENT, RELAY, check_rights, check_users, prepare, secret_of
 from fedssl.deployment.settings import CA_FILE, SiteKit

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from fedssl.deployment.provision import provision
+from fedssl.deployment.identity.provision import provision
 from fedssl.deployment.settings import Consortium, SiteKit
 
 AGENT_USER, RELAY_USER = "daemon", "nobody"  # users of every Linux: no user is made for a test

@@ -36,13 +36,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.requests import Request
 
-from fedssl.deployment import gate_app, gate_memory
-from fedssl.deployment.certificates import new_key, pem, private_pem, private_ssh
-from fedssl.deployment.gate import Admission, GateSettings, gate_in_thread, run_gate
-from fedssl.deployment.gate_callers import Callers, Refused
-from fedssl.deployment.gate_seen import Seen
-from fedssl.deployment.hello import hello
-from fedssl.deployment.issuing import authority_certificate, certificate_for, subject_of
+from fedssl.deployment.gate import app as gate_app
+from fedssl.deployment.gate import memory as gate_memory
+from fedssl.deployment.gate.callers import Callers, Refused
+from fedssl.deployment.gate.hello import hello
+from fedssl.deployment.gate.seen import Seen
+from fedssl.deployment.gate.serving import Admission, GateSettings, gate_in_thread, run_gate
+from fedssl.deployment.identity.certificates import new_key, pem, private_pem, private_ssh
+from fedssl.deployment.identity.issuing import authority_certificate, certificate_for, subject_of
 from fedssl.errors import ConfigError, FederationError
 
 PULL = "/v1/fleet/pull-messages"
@@ -665,7 +666,7 @@ def test_the_gate_speaks_tls_1_2_at_least(gate):
 PROGRAM = """
 import sys
 from pathlib import Path
-from fedssl.deployment.gate import Admission, GateSettings, run_gate
+from fedssl.deployment.gate.serving import Admission, GateSettings, run_gate
 kit, port, inner = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 key = (kit / "north.pem").read_bytes()
 run_gate(GateSettings("TEST", "127.0.0.1", port, inner, kit / "ca.crt", kit / "server.crt", kit / "server.key",
@@ -757,7 +758,7 @@ def test_a_wrong_clock_is_told(gate, monkeypatch):
         def now(cls, tz=None):
             return datetime.now(tz) - timedelta(hours=1)
 
-    monkeypatch.setattr("fedssl.deployment.hello.datetime", Late)
+    monkeypatch.setattr("fedssl.deployment.gate.hello.datetime", Late)
     with pytest.raises(FederationError, match=r"The clock of this machine is 360\d s behind the server's"):
         greet(gate)
 
@@ -787,7 +788,7 @@ def test_a_server_that_is_not_there_is_explained(gate, monkeypatch):
     with pytest.raises(FederationError, match=r"The name gate\.invalid is not known here"):
         greet(gate, server="gate.invalid:8443")
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never speaks
-        monkeypatch.setattr("fedssl.deployment.hello._TIMEOUT_S", 0.5)
+        monkeypatch.setattr("fedssl.deployment.gate.hello._TIMEOUT_S", 0.5)
         with pytest.raises(FederationError, match=r"does not answer\. Usually a firewall"):
             greet(gate, server=f"127.0.0.1:{silent.getsockname()[1]}")
 

@@ -21,13 +21,14 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from typer.testing import CliRunner
 
 from fedssl import cli_consortium
-from fedssl.deployment.authority import Authority, Registered, admitted
-from fedssl.deployment.certificates import fingerprint, pem, private_ssh, public_key_bytes, read_request
-from fedssl.deployment.enrolment import Identity, install, request
-from fedssl.deployment.expiry import overview
-from fedssl.deployment.issued import Record
-from fedssl.deployment.issuing import certificate_for, subject_of
-from fedssl.deployment.provision import provision
+from fedssl.deployment.identity.admission import Registered, admitted
+from fedssl.deployment.identity.authority import Authority
+from fedssl.deployment.identity.certificates import fingerprint, pem, private_ssh, public_key_bytes, read_request
+from fedssl.deployment.identity.enrolment import Identity, install, request
+from fedssl.deployment.identity.expiry import overview
+from fedssl.deployment.identity.issued import Record
+from fedssl.deployment.identity.issuing import certificate_for, subject_of
+from fedssl.deployment.identity.provision import provision
 from fedssl.deployment.settings import Consortium, ServerKit, SiteKit
 from fedssl.errors import ConfigError, StorageError
 from fedssl.site.rules import Rules
@@ -403,7 +404,7 @@ def test_a_kit_that_cannot_be_written_says_so(kits, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fedssl.deployment.certificates.os.open", full)
+    monkeypatch.setattr("fedssl.deployment.identity.certificates.os.open", full)
     with pytest.raises(StorageError, match="No space left"):
         request(kits / "sites" / "NORTH")
 

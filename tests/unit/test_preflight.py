@@ -21,16 +21,17 @@ from typer.testing import CliRunner
 import fedssl
 from fedssl.cli import app
 from fedssl.cli_preflight import preflight as verb
-from fedssl.deployment import preflight as room
-from fedssl.deployment import preflight_checks, preflight_images
-from fedssl.deployment.doorkeeper import roll_of
-from fedssl.deployment.gate import gate_in_thread
-from fedssl.deployment.gate_app import GateSettings
-from fedssl.deployment.hello import Hello, Tls
-from fedssl.deployment.preflight import preflight, report_json, write_page
-from fedssl.deployment.preflight_look import Look
-from fedssl.deployment.preflight_report import Finding, Report, _shareable
-from fedssl.deployment.provision import provision
+from fedssl.deployment.gate.app import GateSettings
+from fedssl.deployment.gate.doorkeeper import roll_of
+from fedssl.deployment.gate.hello import Hello, Tls
+from fedssl.deployment.gate.serving import gate_in_thread
+from fedssl.deployment.identity.provision import provision
+from fedssl.deployment.preflight import all_checks as room
+from fedssl.deployment.preflight import checks as preflight_checks
+from fedssl.deployment.preflight import images as preflight_images
+from fedssl.deployment.preflight.all_checks import preflight, report_json, write_page
+from fedssl.deployment.preflight.look import Look
+from fedssl.deployment.preflight.report import Finding, Report, _shareable
 from fedssl.deployment.settings import Consortium, ServerKit, SiteKit
 from fedssl.errors import DataError
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -10,9 +11,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from jinja2 import Template
 
+from fedssl import deployment
 from fedssl.answering import configuration
 from fedssl.build_rules import proposal_of
-from fedssl.deployment import provision
 from fedssl.deployment.settings import Consortium
 from fedssl.errors import ConfigError, PolicyError
 from fedssl.site.hours import is_open, next_opening, read_hours
@@ -263,7 +264,7 @@ def test_what_the_policy_says_of_privacy_reaches_the_agent(tmp_path):
 
 def test_the_kits_policy_reads_and_admits_the_default_run(tmp_path):
     told = Consortium("trial", "localhost", 8443, ("A", "B", "C"), ("encoder=tiny",))
-    template = (tmp_path.__class__(provision.__file__).parent / "templates" / "policy.yaml.j2").read_text()
+    template = (Path(deployment.__file__).parent / "templates" / "policy.yaml.j2").read_text()
     (tmp_path / "policy.yaml").write_text(
         Template(template).render(consortium=told, site="A", expires=date(2027, 11, 28))
     )

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from fedssl.cli_status import status as verb
 from fedssl.deployment.settings import ServerKit, SiteKit
-from fedssl.deployment.status import as_json, read_status, site_status
-from fedssl.deployment.status_page import status_page, write_status_page
+from fedssl.deployment.status.page import status_page, write_status_page
+from fedssl.deployment.status.standing import as_json, read_status, site_status
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 EVIL = "<script>alert(1)</script>\"' onload=x\x1b[31m\u202e"
@@ -227,7 +227,7 @@ def certificate(end):
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes
 
-    from fedssl.deployment.certificates import new_key, pem
+    from fedssl.deployment.identity.certificates import new_key, pem
 
     key, name = new_key(), x509.Name([])
     made = x509.CertificateBuilder(name, name, key.public_key(), 1, end - timedelta(days=365), end)

@@ -13,7 +13,7 @@ from fedssl.build_images import image_store, root_of
 from fedssl.build_privacy import is_private
 from fedssl.config import REMOTE, Config
 from fedssl.data.store import Store
-from fedssl.deployment.hello import Hello
+from fedssl.deployment.gate.hello import Hello
 from fedssl.deployment.settings import SiteKit
 from fedssl.deployment.users import own_name
 from fedssl.errors import DataError

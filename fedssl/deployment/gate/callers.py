@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from fedssl import progress
-from fedssl.deployment.gate_memory import Failures, Signatures
+from fedssl.deployment.gate.memory import Failures, Signatures
 from fedssl.errors import FederationError, FedsslError
 
 ADMITTED, REVOKED, EXPIRED = "admitted", "revoked", "expired"

@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key
 
 import fedssl
-from fedssl.deployment.certificates import p384, public_key_bytes, read_bytes, read_certificate
-from fedssl.deployment.hello_failures import explained
+from fedssl.deployment.gate.hello_failures import explained
+from fedssl.deployment.identity.certificates import p384, public_key_bytes, read_bytes, read_certificate
 from fedssl.errors import ConfigError, FederationError
 
 _PATH = "/fedssl/hello"

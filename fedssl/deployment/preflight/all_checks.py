@@ -12,13 +12,13 @@ from pathlib import Path
 
 import fedssl
 from fedssl.deployment.agent import own_folders
-from fedssl.deployment.preflight_checks import clock, plan, policy, server, users, version
-from fedssl.deployment.preflight_images import decode, index, round_time
-from fedssl.deployment.preflight_look import Look
-from fedssl.deployment.preflight_machine import disk, gpu
-from fedssl.deployment.preflight_report import FAIL, UNKNOWN, Finding, Report
-from fedssl.deployment.preflight_report import report_json as report_json
-from fedssl.deployment.preflight_report import write_page as write_page
+from fedssl.deployment.preflight.checks import clock, plan, policy, server, users, version
+from fedssl.deployment.preflight.images import decode, index, round_time
+from fedssl.deployment.preflight.look import Look
+from fedssl.deployment.preflight.machine import disk, gpu
+from fedssl.deployment.preflight.report import FAIL, UNKNOWN, Finding, Report
+from fedssl.deployment.preflight.report import report_json as report_json
+from fedssl.deployment.preflight.report import write_page as write_page
 from fedssl.deployment.settings import SiteKit
 from fedssl.deployment.users import account, own_name, uid_of
 from fedssl.errors import FedsslError

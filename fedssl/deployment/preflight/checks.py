@@ -9,10 +9,10 @@ import fedssl
 from fedssl.answering import configuration
 from fedssl.build_rules import proposal_of
 from fedssl.config import as_text, fingerprint
-from fedssl.deployment.certificates import read_certificate
-from fedssl.deployment.hello import Hello, hello
-from fedssl.deployment.preflight_look import Look, differences
-from fedssl.deployment.preflight_report import FAIL, OK, UNKNOWN, WARN, Figure, Finding
+from fedssl.deployment.gate.hello import Hello, hello
+from fedssl.deployment.identity.certificates import read_certificate
+from fedssl.deployment.preflight.look import Look, differences
+from fedssl.deployment.preflight.report import FAIL, OK, UNKNOWN, WARN, Figure, Finding
 from fedssl.deployment.rights import can_read
 from fedssl.deployment.settings import CA_FILE, POLICY_FILE, SiteKit
 from fedssl.deployment.users import uid_of

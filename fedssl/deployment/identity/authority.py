@@ -11,9 +11,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from fedssl.deployment.admission import Registered as Registered
-from fedssl.deployment.admission import admitted as admitted
-from fedssl.deployment.certificates import (
+from fedssl.deployment.identity.certificates import (
     SERVER_NAME,
     common_name,
     fingerprint,
@@ -27,9 +25,15 @@ from fedssl.deployment.certificates import (
     write_private,
     write_public,
 )
-from fedssl.deployment.consortium_rules import CONSORTIUM_FILE, check_consortium
-from fedssl.deployment.issued import Held, Record
-from fedssl.deployment.issuing import authority_certificate, certificate_for, revocation_list, server_names, subject_of
+from fedssl.deployment.identity.consortium_rules import CONSORTIUM_FILE, check_consortium
+from fedssl.deployment.identity.issued import Held, Record
+from fedssl.deployment.identity.issuing import (
+    authority_certificate,
+    certificate_for,
+    revocation_list,
+    server_names,
+    subject_of,
+)
 from fedssl.deployment.settings import CA_FILE, SERVER_FILE, Consortium
 from fedssl.errors import ConfigError
 from fedssl.storage import exclusive

@@ -6,8 +6,8 @@ Any of the files may be missing, torn at its end, or being replaced: then less i
 from datetime import datetime, timedelta
 
 from fedssl.deployment.settings import ServerKit, SiteKit
-from fedssl.deployment.status_alarms import current_alarms, expiring, logged_alarms
-from fedssl.deployment.status_files import (
+from fedssl.deployment.status.alarms import current_alarms, expiring, logged_alarms
+from fedssl.deployment.status.files import (
     Row,
     expiry,
     mapping,
@@ -20,8 +20,8 @@ from fedssl.deployment.status_files import (
     whole,
     words,
 )  # fmt: skip
-from fedssl.deployment.status_run import expected_end, read_rounds, read_sites, rounds_of, usual_length
-from fedssl.deployment.status_values import Alarm, Part, Refusal, SiteStatus, Status, as_json
+from fedssl.deployment.status.rounds import expected_end, read_rounds, read_sites, rounds_of, usual_length
+from fedssl.deployment.status.values import Alarm, Part, Refusal, SiteStatus, Status, as_json
 
 __all__ = ["SiteStatus", "Status", "as_json", "read_status", "site_status"]
 _SILENT_S = 180.0  # the supervisors write every five seconds

@@ -11,10 +11,10 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fedssl.deployment.authority import REVOKED_FILE, Authority
-from fedssl.deployment.certificates import SERVER_NAME, read_request, write_public
-from fedssl.deployment.consortium_rules import CONSORTIUM_FILE, check_consortium
-from fedssl.deployment.enrolment import Identity, install, request
+from fedssl.deployment.identity.authority import REVOKED_FILE, Authority
+from fedssl.deployment.identity.certificates import SERVER_NAME, read_request, write_public
+from fedssl.deployment.identity.consortium_rules import CONSORTIUM_FILE, check_consortium
+from fedssl.deployment.identity.enrolment import Identity, install, request
 from fedssl.deployment.settings import CA_FILE, POLICY_FILE, SERVER_FILE, SITE_FILE, Consortium
 from fedssl.errors import ConfigError, StorageError
 from fedssl.storage import atomic_folder

@@ -5,9 +5,9 @@ from datetime import datetime
 from pathlib import Path
 
 from fedssl.deployment.settings import ServerKit
-from fedssl.deployment.status_files import expiry, moment, read_objects, span, words
-from fedssl.deployment.status_run import Told
-from fedssl.deployment.status_values import MISSING, Alarm, Part, Round, Site
+from fedssl.deployment.status.files import expiry, moment, read_objects, span, words
+from fedssl.deployment.status.rounds import Told
+from fedssl.deployment.status.values import MISSING, Alarm, Part, Round, Site
 
 DRIFT = 0.7  # the same as in server/record.py
 _SOON_DAYS, _DAY_S = 30, 86_400.0

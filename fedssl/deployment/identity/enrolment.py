@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key
 
-from fedssl.deployment.certificates import (
+from fedssl.deployment.identity.certificates import (
     SERVER_NAME,
     SERVER_ROLE,
     SITE_ROLE,
@@ -26,7 +26,7 @@ from fedssl.deployment.certificates import (
     write_private,
     write_public,
 )
-from fedssl.deployment.issuing import subject_of
+from fedssl.deployment.identity.issuing import subject_of
 from fedssl.deployment.settings import CA_FILE, SERVER_FILE, SITE_FILE, ServerKit, SiteKit
 from fedssl.errors import ConfigError
 

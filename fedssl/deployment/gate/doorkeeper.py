@@ -7,11 +7,11 @@ from pathlib import Path
 
 from cryptography import x509
 
-from fedssl.deployment.admission import admitted
-from fedssl.deployment.certificates import p384, public_key_bytes, read_certificate
-from fedssl.deployment.gate import run_gate
-from fedssl.deployment.gate_app import GateSettings
-from fedssl.deployment.gate_callers import Admission
+from fedssl.deployment.gate.app import GateSettings
+from fedssl.deployment.gate.callers import Admission
+from fedssl.deployment.gate.serving import run_gate
+from fedssl.deployment.identity.admission import admitted
+from fedssl.deployment.identity.certificates import p384, public_key_bytes, read_certificate
 from fedssl.deployment.settings import CA_FILE, ServerKit
 from fedssl.errors import ConfigError
 

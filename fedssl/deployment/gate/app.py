@@ -19,8 +19,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 import fedssl
-from fedssl.deployment.gate_callers import Admission, Callers, Refused, check_admitted
-from fedssl.deployment.gate_seen import Seen
+from fedssl.deployment.gate.callers import Admission, Callers, Refused, check_admitted
+from fedssl.deployment.gate.seen import Seen
 from fedssl.deployment.settings import CA_FILE, ServerKit
 
 HELLO = "/fedssl/hello"

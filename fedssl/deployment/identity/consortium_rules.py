@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from fedssl.deployment.certificates import SERVER_NAME
+from fedssl.deployment.identity.certificates import SERVER_NAME
 from fedssl.deployment.settings import Consortium
 from fedssl.errors import ConfigError
 

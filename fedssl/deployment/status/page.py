@@ -9,9 +9,9 @@ from pathlib import Path
 
 import jinja2
 
-from fedssl.deployment.status import Status
-from fedssl.deployment.status_files import span
-from fedssl.deployment.status_values import IN, MISSING, WAITING, Curve, Site
+from fedssl.deployment.status.files import span
+from fedssl.deployment.status.standing import Status
+from fedssl.deployment.status.values import IN, MISSING, WAITING, Curve, Site
 from fedssl.storage import atomic_file
 
 _COLOURS = (

@@ -16,11 +16,11 @@ from time import monotonic, sleep
 import httpx
 import uvicorn
 
-from fedssl.deployment.gate_app import Gate
-from fedssl.deployment.gate_app import GateSettings as GateSettings
-from fedssl.deployment.gate_callers import Admission as Admission
-from fedssl.deployment.gate_callers import Callers, Roll
-from fedssl.deployment.gate_seen import Seen
+from fedssl.deployment.gate.app import Gate
+from fedssl.deployment.gate.app import GateSettings as GateSettings
+from fedssl.deployment.gate.callers import Admission as Admission
+from fedssl.deployment.gate.callers import Callers, Roll
+from fedssl.deployment.gate.seen import Seen
 from fedssl.errors import ConfigError
 
 _CONNECT_S, _READ_S, _POOL_S, _STOP_S, _START_S = 5.0, 120.0, 5.0, 10, 30.0

@@ -41,7 +41,7 @@ def modified(path: Path) -> datetime | None:
 
 def expiry(path: Path) -> datetime | None:
     """When a certificate expires; None where none can be read."""
-    from fedssl.deployment.certificates import read_certificate
+    from fedssl.deployment.identity.certificates import read_certificate
 
     with suppress(ConfigError):
         return read_certificate(path, "").not_valid_after_utc

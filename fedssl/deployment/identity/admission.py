@@ -7,7 +7,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
-from fedssl.deployment.certificates import (
+from fedssl.deployment.identity.certificates import (
     SITE_ROLE,
     misfit,
     p384,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from fedssl.deployment.preflight_look import Look
-from fedssl.deployment.preflight_report import FAIL, NOT_TOLD, OK, UNKNOWN, WARN, Figure, Finding
+from fedssl.deployment.preflight.look import Look
+from fedssl.deployment.preflight.report import FAIL, NOT_TOLD, OK, UNKNOWN, WARN, Figure, Finding
 from fedssl.storage import cache_folder
 from fedssl.training import autocast_for, pick_device
 

@@ -3,8 +3,8 @@
 from datetime import datetime
 from typing import Any
 
-from fedssl.deployment.authority import REVOKED_FILE, Authority
-from fedssl.deployment.certificates import SERVER_NAME, read_revocations
+from fedssl.deployment.identity.authority import REVOKED_FILE, Authority
+from fedssl.deployment.identity.certificates import SERVER_NAME, read_revocations
 from fedssl.errors import ConfigError
 
 _WARN_DAYS = 30

@@ -23,8 +23,8 @@ from fedssl.data.batches import Batches
 from fedssl.data.decoding.workers import Answer, Question, decode_all
 from fedssl.data.indexing import journal
 from fedssl.data.store import Store
-from fedssl.deployment.preflight_look import Look
-from fedssl.deployment.preflight_report import FAIL, NOT_TOLD, OK, UNKNOWN, WARN, Figure, Finding
+from fedssl.deployment.preflight.look import Look
+from fedssl.deployment.preflight.report import FAIL, NOT_TOLD, OK, UNKNOWN, WARN, Figure, Finding
 from fedssl.errors import DataError, StorageError
 from fedssl.order import Order
 from fedssl.private_outlook import plan_privacy

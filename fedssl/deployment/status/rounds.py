@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from fedssl.deployment.settings import ServerKit
-from fedssl.deployment.status_files import (
+from fedssl.deployment.status.files import (
     Row,
     expiry,
     mapping,
@@ -25,7 +25,7 @@ from fedssl.deployment.status_files import (
     whole,
     words,
 )  # fmt: skip
-from fedssl.deployment.status_values import IN, MISSING, WAITING, Round, Site
+from fedssl.deployment.status.values import IN, MISSING, WAITING, Round, Site
 
 SILENT_SITE_S = 600.0
 _NAME = 100

@@ -1,0 +1,1 @@
+"""Who is who: the authority, kits, keys, requests, certificates, revocation."""

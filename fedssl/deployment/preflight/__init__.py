@@ -1,0 +1,1 @@
+"""What a hospital looks at before it joins."""

@@ -1,0 +1,1 @@
+"""How a consortium and a hospital stand, read from files."""
